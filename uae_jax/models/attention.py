@@ -1,0 +1,32 @@
+"""Scaled dot-product attention: the one place where a kernel is chosen."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with grouped query heads, softmax in float32.
+
+    Leading axes `...` are free (`[b]`, `[b, g]`, `[b, windows]`): groups are never flattened into the batch, so that
+    a mesh may split either axis.
+
+    Args:
+      q: [..., t, n, h].
+      k: [..., s, kv, h], where `kv` divides `n`; query head i reads key head i // (n // kv).
+      v: [..., s, kv, h].
+      mask: bool, broadcastable to [..., t, s]; False hides a key. A row that sees nothing returns the mean of `v`
+        (finite, and to be ignored).
+
+    Returns:
+      [..., t, n, h] in q's dtype.
+    """
+    *batch, t, n, h = q.shape
+    kv = k.shape[-2]
+    if n % kv:
+        raise ValueError(f"{n} query heads cannot share {kv} key heads")
+    grouped = q.reshape(*batch, t, kv, n // kv, h)
+    logits = jnp.einsum("...tkgh,...skh->...kgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    if mask is not None:
+        logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...kgts,...skh->...tkgh", weights, v).reshape(*batch, t, n, h)
