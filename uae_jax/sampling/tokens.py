@@ -1,0 +1,149 @@
+"""Sampling tokens in a `while_loop` and scoring them again: one masked, tempered distribution serves both.
+
+Axes: `...` is [b] or [b, g]; t(okens), v(ocab), d(model). A token that is not `allowed` (image placeholders, padding,
+chat markup) is never sampled and takes no share of the probability in the scorer either, so that both see one policy.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Cache = Any
+
+
+class Segment(NamedTuple):
+    """What a policy did: actions, which of them count, and the log-probability each was drawn with."""
+
+    actions: jax.Array  # int32 [..., t]; 0 where not counted
+    mask: jax.Array  # bool [..., t]; the first `length` entries, the end token included
+    log_probs: jax.Array  # float32 [..., t]; 0 where not counted
+
+
+def tempered(logits: jax.Array, allowed: jax.Array, temperature: float) -> jax.Array:
+    """Log-probabilities [..., v] of softmax(logits / temperature) over the allowed tokens, -inf elsewhere."""
+    logits = logits.astype(jnp.float32) / temperature
+    return jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
+
+
+def map_keys(function: Callable[..., jax.Array], keys: jax.Array, *args: jax.Array) -> jax.Array:
+    """Maps `function(key, *args)` over all axes of `keys` and the same leading axes of `args`."""
+    for _ in range(keys.ndim):
+        function = jax.vmap(function)
+    return function(keys, *args)
+
+
+def sample(
+    logits: jax.Array,
+    cache: Cache,
+    decode: Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]],
+    keys: jax.Array,
+    *,
+    max_tokens: int,
+    end_token: int,
+    allowed: jax.Array,
+    temperature: float,
+) -> Segment:
+    """Draws one sequence a row, and leaves the loop when every row has ended.
+
+    Row and position alone choose the random bits (`fold_in(keys[row], t)`), so a sample does not depend on its
+    neighbours. Leaving early costs one all-reduce of a bool a token on a sharded batch.
+
+    Args:
+      logits: [..., v] of the first token, from the prefill.
+      cache: carried through `decode`.
+      decode: (tokens [...], i, cache) -> (logits [..., v] of token i + 1, cache), given token i.
+      keys: typed PRNG keys [...].
+      temperature: 0 takes the most likely token (log-probabilities are then those at temperature 1).
+    """
+    batch = logits.shape[:-1]
+    scale = temperature or 1.0
+
+    def choose(logits, i, done):
+        log_probs = tempered(logits, allowed, scale)
+        if temperature:
+            noise = map_keys(lambda k: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[-1:]), keys)
+            token = jnp.argmax(log_probs + noise, axis=-1)
+        else:
+            token = jnp.argmax(log_probs, axis=-1)
+        log_prob = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+        token = jnp.where(done, 0, token).astype(jnp.int32)
+        return token, jnp.where(done, 0.0, log_prob), done | (token == end_token)
+
+    def write(array, value, i):
+        return jax.lax.dynamic_update_slice_in_dim(array, value[..., None], i, axis=-1)
+
+    def more(carry):
+        i, _, done, *_ = carry
+        return (i < max_tokens) & ~done.all()
+
+    def body(carry):
+        i, token, done, cache, segment = carry
+        logits, cache = decode(token, i - 1, cache)
+        token, log_prob, now_done = choose(logits, i, done)
+        segment = Segment(
+            write(segment.actions, token, i), write(segment.mask, ~done, i), write(segment.log_probs, log_prob, i)
+        )
+        return i + 1, token, now_done, cache, segment
+
+    token, log_prob, done = choose(logits, 0, jnp.zeros(batch, bool))
+    shape = (*batch, max_tokens)
+    segment = Segment(
+        write(jnp.zeros(shape, jnp.int32), token, 0),
+        write(jnp.zeros(shape, bool), jnp.ones(batch, bool), 0),
+        write(jnp.zeros(shape, jnp.float32), log_prob, 0),
+    )
+    return jax.lax.while_loop(more, body, (1, token, done, cache, segment))[-1]
+
+
+def lengths(segment: Segment) -> jax.Array:
+    """Number of actions that count [...], the end token included."""
+    return segment.mask.sum(-1)
+
+
+def truncated(segment: Segment, end_token: int) -> jax.Array:
+    """bool [...]: the sequence was cut off at the limit, without an end token."""
+    return ~((segment.actions == end_token) & segment.mask).any(-1)
+
+
+def log_probs(
+    hidden: jax.Array,
+    actions: jax.Array,
+    head: Callable[[jax.Array], jax.Array],
+    *,
+    allowed: jax.Array,
+    temperature: float,
+    chunk: int,
+) -> jax.Array:
+    """Log-probability of each action from the hidden state before it, [..., t] in float32.
+
+    The vocabulary head runs inside a rematerialised scan over `chunk` tokens at a time: logits of the whole sequence
+    [..., t, v] never exist, neither forward nor backward.
+
+    Args:
+      hidden: [..., t, d], the state that predicts each action.
+      actions: int [..., t].
+      head: [..., chunk, d] -> logits [..., chunk, v].
+    """
+    t = actions.shape[-1]
+    chunk = min(chunk, t)
+    count = -(-t // chunk)
+
+    def split(x, axis):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, count * chunk - t)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def score(_, xs):
+        hidden, actions = xs
+        log_p = tempered(head(hidden), allowed, temperature)
+        picked = jnp.take_along_axis(log_p, actions[..., None], axis=-1)[..., 0]
+        # Padding holds token 0, which may not be allowed; -inf there would turn a gradient of 0 into NaN.
+        return None, jnp.where(allowed[actions], picked, 0.0)
+
+    axis = actions.ndim - 1
+    _, picked = jax.lax.scan(score, None, (split(hidden, axis), split(actions, axis)))
+    return jnp.moveaxis(picked, 0, axis).reshape(*actions.shape[:-1], count * chunk)[..., :t]
