@@ -1,0 +1,86 @@
+"""Name table of Qwen2.5-VL, in the key layout of the hub's checkpoints (`model.layers.*`, `visual.*`)."""
+
+from uae_jax.convert.table import KEEP, LINEAR, PATCHES, Entry, Names, layers
+from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
+
+
+def table(config: Config) -> list[Entry]:
+    """Every parameter of `Qwen2_5_VL(config)`; scanned layers are stacked along leading axes."""
+    return _vision(config.vision) + _text(config.text)
+
+
+def _linear(path: str, names: Names, inputs: int, outputs: int, bias: bool) -> list[Entry]:
+    entries = [Entry(f"{path}/kernel", _append(names, ".weight"), (outputs, inputs), LINEAR)]
+    if bias:
+        entries.append(Entry(f"{path}/bias", _append(names, ".bias"), (outputs,), KEEP))
+    return entries
+
+
+def _norm(path: str, names: Names, size: int) -> list[Entry]:
+    return [Entry(f"{path}/scale", _append(names, ".weight"), (size,), KEEP)]
+
+
+def _append(names: Names, suffix: str) -> Names:
+    return names + suffix if isinstance(names, str) else tuple(_append(name, suffix) for name in names)
+
+
+def _mlp(path: str, names: Names, d: int, width: int, bias: bool) -> list[Entry]:
+    return [
+        entry
+        for name, inputs, outputs in (("gate_proj", d, width), ("up_proj", d, width), ("down_proj", width, d))
+        for entry in _linear(f"{path}/{name}", _append(names, f".{name}"), inputs, outputs, bias)
+    ]
+
+
+def _vision(c: VisionConfig) -> list[Entry]:
+    d, k, merged = c.hidden_size, c.period, c.hidden_size * c.merge_unit
+
+    def block(path: str, names: Names) -> list[Entry]:
+        return [
+            *_norm(f"{path}/norm1", _append(names, ".norm1"), d),
+            *_linear(f"{path}/attn/qkv", _append(names, ".attn.qkv"), d, 3 * d, bias=True),
+            *_linear(f"{path}/attn/proj", _append(names, ".attn.proj"), d, d, bias=True),
+            *_norm(f"{path}/norm2", _append(names, ".norm2"), d),
+            *_mlp(f"{path}/mlp", _append(names, ".mlp"), d, c.intermediate_size, bias=True),
+        ]
+
+    starts = range(0, c.depth, k)
+    windowed = tuple(layers("visual.blocks.{}", range(start, start + k - 1)) for start in starts)
+    full = layers("visual.blocks.{}", (start + k - 1 for start in starts))
+    kernel = (d, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
+    return [
+        Entry("visual/patch_embed/kernel", "visual.patch_embed.proj.weight", kernel, PATCHES),
+        *(block("visual/blocks/windowed", windowed) if k > 1 else []),
+        *block("visual/blocks/full", full),
+        *_norm("visual/merger/ln_q", "visual.merger.ln_q", d),
+        *_linear("visual/merger/mlp_0", "visual.merger.mlp.0", merged, merged, bias=True),
+        *_linear("visual/merger/mlp_2", "visual.merger.mlp.2", merged, c.out_hidden_size, bias=True),
+    ]
+
+
+def _text(c: TextConfig) -> list[Entry]:
+    d, path = c.hidden_size, "language/layers"
+    names = layers("model.layers.{}", range(c.num_layers))
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    entries = [
+        Entry("language/embed_tokens/embedding", "model.embed_tokens.weight", (c.vocab_size, d)),
+        *_norm(f"{path}/input_layernorm", _append(names, ".input_layernorm"), d),
+        *(
+            entry
+            for name, inputs, outputs, bias in (
+                ("q_proj", d, q, True),
+                ("k_proj", d, kv, True),
+                ("v_proj", d, kv, True),
+                ("o_proj", q, d, False),
+            )
+            for entry in _linear(
+                f"{path}/self_attn/{name}", _append(names, f".self_attn.{name}"), inputs, outputs, bias
+            )
+        ),
+        *_norm(f"{path}/post_attention_layernorm", _append(names, ".post_attention_layernorm"), d),
+        *_mlp(f"{path}/mlp", _append(names, ".mlp"), d, c.intermediate_size, bias=False),
+        *_norm("language/norm", "model.norm", d),
+    ]
+    if not c.tie_word_embeddings:
+        entries += _linear("language/lm_head", "lm_head", d, c.vocab_size, bias=False)
+    return entries
