@@ -74,11 +74,11 @@ def k3(new: jax.Array, ref: jax.Array) -> jax.Array:
 
 
 class Loss(NamedTuple):
-    """Weighted sums over actions (see `action_weights`): add those of microbatches."""
+    """Sums over actions: add those of microbatches."""
 
-    loss: jax.Array  # minimise this: -(policy - beta * kl)
-    kl: jax.Array  # k3 against the reference
-    clip_fraction: jax.Array  # share of actions whose gradient the clip has cut
+    loss: jax.Array  # weighted; minimise this: -(policy - beta * k3)
+    kl: jax.Array  # k3 against the reference; divide by the number of actions
+    clipped: jax.Array  # actions whose gradient the clip has cut
 
 
 def loss(
@@ -104,10 +104,9 @@ def loss(
     unclipped = ratio * advantage
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
     penalty = k3(new, ref)
-    # The share is over actions, whatever the normaliser weighs them by.
-    acting = (weights > 0).astype(jnp.float32)
+    acting = weights > 0
     return Loss(
         loss=-(weights * (jnp.minimum(unclipped, clipped) - beta * penalty)).sum(),
-        kl=(weights * penalty).sum() / jnp.maximum(weights.sum(), 1e-20),
-        clip_fraction=(acting * (clipped < unclipped)).sum() / jnp.maximum(acting.sum(), 1),
+        kl=jnp.where(acting, penalty, 0.0).sum(),
+        clipped=(acting & (clipped < unclipped)).sum().astype(jnp.float32),
     )

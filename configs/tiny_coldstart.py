@@ -1,0 +1,140 @@
+"""Cold start of the tiny world: towers, captioner, decoder, from nothing. Its weights are what the package ships.
+
+    python -m uae_jax.main --config=configs/tiny_coldstart.py [--config.stage=decoder]
+"""
+
+from ml_collections import ConfigDict
+
+from uae_jax import config as base
+
+
+def get_config() -> ConfigDict:
+    """The three stages one after the other; each resumes where it stopped, and can be run alone."""
+    config = base.default()
+    config.unlock()
+    config.stage = "tower,captioner,decoder"
+    config.redraw.prediction = "sample"
+
+    # Fields of each model's config.json; shapes, names and forward passes are the real architectures'.
+    config.models = ConfigDict()
+    config.models.captioner = ConfigDict(
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "vocab_size": 37,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": False,
+            "image_token_id": 5,
+            "vision_start_token_id": 3,
+            "vision_end_token_id": 4,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "vision_config": {
+                "depth": 4,
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_heads": 4,
+                "in_channels": 3,
+                "patch_size": 8,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "tokens_per_second": 2,
+                "window_size": 16,
+                "fullatt_block_indexes": [1, 3],
+                "out_hidden_size": 128,
+            },
+        }
+    )
+    config.models.transformer = ConfigDict(
+        {
+            "_class_name": "SD3Transformer2DModel",
+            "sample_size": 48,
+            "patch_size": 8,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": 5,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 128,
+            "caption_projection_dim": 128,
+            "pooled_projection_dim": 16,
+            "pos_embed_max_size": 6,
+            "dual_attention_layers": [],
+            "qk_norm": "rms_norm",
+        }
+    )
+    config.models.projector = ConfigDict(
+        {"architectures": ["Projector"], "in_size": 128, "hidden_size": 256, "out_size": 128, "whiten": True}
+    )
+    config.models.clip = ConfigDict(
+        {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": 64,
+            "text_config": {
+                "vocab_size": 37,
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 32,
+                "hidden_act": "quick_gelu",
+                "eos_token_id": 2,
+                "layer_norm_eps": 1e-5,
+            },
+            "vision_config": {
+                "image_size": 48,
+                "patch_size": 8,
+                "hidden_size": 96,
+                "intermediate_size": 256,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+            },
+        }
+    )
+    config.models.judge = ConfigDict(
+        {
+            "architectures": ["CellClassifier"],
+            "grid": 3,
+            "channels": 32,
+            "shapes": 7,
+            "colours": 9,
+            "sizes": 3,
+            "backgrounds": 4,
+        }
+    )
+
+    config.tower = ConfigDict()
+    config.tower.steps = 2000
+    config.tower.batch_size = 128  # half of them differ from a neighbour in one attribute
+    config.tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
+
+    config.captioner = ConfigDict()
+    config.captioner.see_steps = 1500  # on complete captions
+    config.captioner.terse_steps = 225  # on mostly short ones
+    config.captioner.terse_learning_rate = 2e-3  # falls to 0 over the terse phase
+    config.captioner.terse_keeps_complete = 0.15  # share of complete captions in the terse phase
+    config.captioner.curriculum_steps = 400  # up to one object at first, up to four from here on
+    config.captioner.batch_size = 64
+    config.captioner.optimizer = base.optimizer("muon", 1e-2, warmup=30)
+
+    config.decoder = ConfigDict()
+    config.decoder.steps = 6000
+    config.decoder.batch_size = 48
+    config.decoder.complete = 0.5  # share of complete captions; the rest is of any length
+    config.decoder.curriculum_steps = 1000
+    config.decoder.level_mean = 1.0  # noise levels are sigmoid(mean + std n): towards noise, where text decides
+    config.decoder.level_std = 1.0
+    config.decoder.object_weight = 2.0  # of squared errors on objects, against the background's 1
+    config.decoder.optimizer = base.optimizer("muon", 6e-3, warmup=50, decay=True)
+    return config.lock()

@@ -1,0 +1,176 @@
+"""Every field of a config, with its meaning and default; `configs/*.py` start from `default()` and change what they need.
+
+A config is a locked `ml_collections.ConfigDict`: a misspelt field or a value of another type is an error. `validate`
+checks what types cannot say.
+"""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uae_jax.errors import UserError
+
+STAGES = ("tower", "captioner", "decoder", "rl")
+
+# Fields that may change between a run and its continuation in the same workdir.
+MAY_DIFFER = ("steps", "checkpoint", "eval", "stop_after_minutes")
+
+
+def default() -> ConfigDict:
+    """The base of all configs."""
+    c = ConfigDict()
+
+    c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
+    c.steps = 1000  # updates of the rl stage
+    c.seed = 0  # of everything random: data order, sampling, noise, initialisation
+    c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
+    c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
+    c.stop_after_minutes = 0.0  # save and stop cleanly after this much training time; 0 = never
+
+    # The loop: image -> caption -> redrawn image.
+    c.train = "encoder"  # which side RL updates
+    c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
+    c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
+    c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
+    c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
+
+    c.prompt = ConfigDict()
+    c.prompt.caption = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>"  # before the caption; asks for it
+    c.prompt.redraw_prefix = "<|im_start|>"  # round the caption when it is read again as text alone
+    c.prompt.redraw_suffix = "<|im_end|>"
+    c.prompt.negative = ""  # caption of the unconditional branch of guidance
+
+    c.rl = ConfigDict()
+    c.rl.group_size = 8  # captions per image (G); the group is the baseline, so at least 2
+    c.rl.max_tokens = 32  # longest caption, in tokens, the end token included
+    c.rl.temperature = 1.0  # of the policy: sampling and scoring alike
+    c.rl.beta = 0.02  # weight of the KL (k3) to the starting weights
+    c.rl.clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
+    c.rl.clip_high = 0.2  # ... 1 + clip_high
+    c.rl.inner_epochs = 1  # updates per rollout; clipping only acts from the second
+    c.rl.microbatches = 1  # gradient accumulation: the batch of images is split into this many parts
+    c.rl.normaliser = "constant"  # mean over actions: constant (max_tokens), sequence (per sample), token (batch)
+    c.rl.scale_by_std = True  # divide advantages by the group's standard deviation
+    c.rl.advantage_eps = 1e-4  # added to that standard deviation
+    c.rl.truncated = "keep"  # captions cut off at max_tokens: keep, mask (no gradient), zero (reward 0)
+    c.rl.malformed = "keep"  # captions outside the data's grammar, where it has one: keep, group_min, zero
+    c.rl.logit_chunk = 128  # tokens whose logits exist at once in the update
+
+    c.redraw = ConfigDict()
+    c.redraw.steps = 4  # Euler steps from noise to image
+    c.redraw.guidance = 1.0  # classifier-free guidance; 1 skips the unconditional branch
+    c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3)
+    c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
+    c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
+    c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
+
+    c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
+    c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
+
+    c.optimizer = optimizer("adamw", 1e-4, warmup=10)
+
+    c.data = ConfigDict()
+    c.data.source = "shapes"  # shapes (rendered scenes) or folder (your own images)
+    c.data.path = ""  # the folder
+    c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
+    c.data.batch_size = 8  # images a step, over all devices
+    c.data.max_objects = 4  # shapes: objects in a scene
+    c.data.held_out = 256  # images kept for evaluation, never trained on (folders: at most a quarter)
+
+    c.eval = ConfigDict()
+    c.eval.enabled = True  # evaluate before, during and after
+    c.eval.every = 100  # steps between redraws of the same held-out pictures; 0 = only before and after
+    c.eval.pictures = 8  # how many
+    c.eval.batch_size = 64  # images at once
+    c.eval.temperature = 0.0  # of captions in evaluation; 0 = the most likely token
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps between (asynchronous) saves; the last step and a stop are always saved
+    c.checkpoint.keep = 2  # how many stay on disk
+
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    c.mesh.data = -1  # copies of the weights, each with its part of the batch
+    c.mesh.fsdp = 1  # weights split over this many devices, batch too
+
+    return c.lock()
+
+
+def optimizer(name: str, learning_rate: float, warmup: int = 0, decay: bool = False, weight_decay: float = 0.0) -> Any:
+    """An optimizer's fields."""
+    c = ConfigDict()
+    c.name = name  # adamw, or muon (for matrices; the rest gets adamw at a tenth of the rate)
+    c.learning_rate = learning_rate
+    c.warmup = warmup  # steps of linear warm-up
+    c.decay = decay  # cosine decay to zero over the stage's steps; False: constant (resumable to more steps)
+    c.weight_decay = weight_decay
+    c.b1, c.b2 = 0.9, 0.99  # Adam's moments
+    c.max_grad_norm = 1.0  # gradients are scaled down to this global norm
+    return c
+
+
+def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"config.{field} = {value!r}: {remedy}")
+
+
+def _one_of(c: ConfigDict, field: str, *allowed: str) -> None:
+    value: Any = c
+    for part in field.split("."):
+        value = value[part]
+    _require(value in allowed, field, value, "use one of " + ", ".join(allowed))
+
+
+def validate(c: ConfigDict) -> None:
+    """Raises UserError for the first field whose value makes no sense."""
+    for stage in stages(c):
+        _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
+    _one_of(c, "train", "encoder")
+    _one_of(c, "condition_source", "text", "in_context")
+    _one_of(c, "text_encoder", "frozen", "live")
+    _one_of(c, "dtype", "float32", "bfloat16")
+    _one_of(c, "rl.normaliser", "constant", "sequence", "token")
+    _one_of(c, "rl.truncated", "keep", "mask", "zero")
+    _one_of(c, "rl.malformed", "keep", "group_min", "zero")
+    _one_of(c, "redraw.spacing", "uniform", "diffusers")
+    _one_of(c, "redraw.prediction", "velocity", "sample")
+    _one_of(c, "data.source", "shapes", "folder")
+    _one_of(c, "optimizer.name", "adamw", "muon")
+    rl = c.rl
+    _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
+    _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
+    _require(0 < rl.clip_low < 1, "rl.clip_low", rl.clip_low, "must lie between 0 and 1")
+    _require(rl.clip_high > 0, "rl.clip_high", rl.clip_high, "must be above 0")
+    _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
+    for field in ("max_tokens", "inner_epochs", "microbatches", "logit_chunk"):
+        _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
+    for field in ("batch_size", "image_size", "held_out", "max_objects"):
+        _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
+    _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
+    _require(c.steps >= 0, "steps", c.steps, "must not be negative")
+    _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
+    _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
+    _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
+    _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
+    _require(
+        c.optimizer.learning_rate >= 0, "optimizer.learning_rate", c.optimizer.learning_rate, "must not be negative"
+    )
+    _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
+    _require(
+        c.data.batch_size % rl.microbatches == 0,
+        "rl.microbatches",
+        rl.microbatches,
+        f"must divide config.data.batch_size = {c.data.batch_size}",
+    )
+    _require(
+        c.data.source != "folder" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
+    )
+    try:
+        re.compile(c.trainable)
+    except re.error as error:
+        raise UserError(f"config.trainable = {c.trainable!r} is no regular expression: {error}") from None
+
+
+def stages(c: ConfigDict) -> list[str]:
+    """The stages that `config.stage` names, in order."""
+    return [stage.strip() for stage in c.stage.split(",")]

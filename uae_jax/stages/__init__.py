@@ -1,0 +1,28 @@
+"""What can be trained, each as a `Program` for the outer loop: the supervised cold start, and RL."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from uae_jax.step import Metrics, State
+
+
+class Batches(Protocol):
+    """Batches by step: a pure function of (seed, step)."""
+
+    def __getitem__(self, step: int) -> dict[str, Any]: ...
+
+
+class Program(NamedTuple):
+    """One stage: where it starts, what a step is, what it reads, and what follows."""
+
+    state: State
+    frozen: Any
+    step: Callable[[State, Any, dict[str, jax.Array]], tuple[State, Metrics]]  # pure; the loop compiles it
+    batches: Batches
+    steps: int
+    columns: dict[str, tuple[str, str]]  # metric -> (label, format) for the terminal
+    # (state, writer) -> None, at step 0, every config.eval.every steps, and at the end
+    evaluate: Callable[[State, Any], None]
+    finish: Callable[[State, Any], None]  # (state, writer), after the last step: tables, weights

@@ -1,0 +1,296 @@
+"""UMM-1: a vision-language model writes the caption, a flow-matching MM-DiT draws it (UniWorld-V1, UAE).
+
+    image --Qwen2.5-VL--> caption --Qwen2.5-VL, text alone--> states --projector--> MM-DiT --> image
+
+The caption is read again, without the image, by a frozen copy of the captioner (`condition_source="text"`,
+`text_encoder="frozen"`): text is then the only channel, and the frozen decoder keeps seeing states it knows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from uae_jax import sharding
+from uae_jax.errors import UserError
+from uae_jax.models.projector.model import Projector
+from uae_jax.models.qwen2_5_vl import inputs
+from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.sd3.model import SD3Transformer
+from uae_jax.sampling import flow, tokens
+from uae_jax.sampling.tokens import Segment
+from uae_jax.umm import Family, Params, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """The networks of the loop (linen modules: descriptions without weights)."""
+
+    captioner: Qwen2_5_VL
+    projector: Projector
+    transformer: SD3Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Token ids round the caption, as tuples of ints."""
+
+    caption: tuple[int, ...]  # before the caption, one image placeholder per merged patch
+    redraw_prefix: tuple[int, ...]
+    redraw_suffix: tuple[int, ...]
+    negative: tuple[int, ...]
+    end_token: int
+
+    @classmethod
+    def build(cls, tokenizer: Tokenizer, config: Any, captioner: Any) -> "Prompts":
+        """From the template strings of `config.prompt`; one placeholder in them stands for the image.
+
+        Raises:
+          UserError: the caption prompt has no or several image placeholders.
+        """
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        vision = captioner.vision
+        side = config.data.image_size // (vision.patch_size * vision.spatial_merge_size)
+        prompt = encode(config.prompt.caption)
+        if prompt.count(captioner.image_token_id) != 1:
+            raise UserError(f"config.prompt.caption = {config.prompt.caption!r} must hold exactly one <|image_pad|>")
+        at = prompt.index(captioner.image_token_id)
+        return cls(
+            caption=tuple(prompt[:at] + [captioner.image_token_id] * side**2 + prompt[at + 1 :]),
+            redraw_prefix=tuple(encode(config.prompt.redraw_prefix)),
+            redraw_suffix=tuple(encode(config.prompt.redraw_suffix)),
+            negative=tuple(encode(config.prompt.negative)),
+            end_token=captioner.eos_token_id,
+        )
+
+
+def allowed_tokens(tokenizer: Tokenizer, vocab_size: int, end_token: int) -> np.ndarray:
+    """bool [v]: what a caption may hold. No special token but the end, nothing past the tokenizer's vocabulary."""
+    allowed = np.zeros(vocab_size, bool)
+    allowed[: tokenizer.get_vocab_size()] = True
+    allowed[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]] = False
+    allowed[end_token] = True
+    return allowed
+
+
+def merge(base: Params, changed: Params) -> Params:
+    """`base` with the leaves that `changed`, a part of the same tree, holds."""
+    if not isinstance(changed, dict):
+        return changed
+    return base | {name: merge(base[name], value) for name, value in changed.items()}
+
+
+def captions_as_text(
+    captions: jax.Array, length: jax.Array, prefix: tuple[int, ...], suffix: tuple[int, ...], pad: int
+) -> tuple[jax.Array, jax.Array]:
+    """[prefix | caption | suffix], left-aligned and padded, by one gather.
+
+    Args:
+      captions: int [..., t].
+      length: [...], how many of those tokens to keep (without the end token).
+
+    Returns:
+      tokens [..., p + t + s] and their mask.
+    """
+    t, p, s = captions.shape[-1], len(prefix), len(suffix)
+    constant = jnp.broadcast_to(jnp.array([*prefix, *suffix, pad], jnp.int32), (*captions.shape[:-1], p + s + 1))
+    source = jnp.concatenate([captions, constant], axis=-1)  # caption | prefix | suffix | pad
+    at = jnp.arange(p + t + s)
+    end = p + length[..., None]
+    index = jnp.where(at < p, t + at, jnp.where(at < end, at - p, t + p + at - end))
+    mask = at < end + s
+    return jnp.take_along_axis(source, jnp.where(mask, index, t + p + s), axis=-1), mask
+
+
+def content_lengths(captions: Segment, end_token: int) -> jax.Array:
+    """Length of each caption without its end token [...]."""
+    return (captions.mask & (captions.actions != end_token)).sum(-1)
+
+
+def text_states(captioner: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Last-layer states [..., t, d] of left-aligned text without any image; padding is never attended to."""
+    t = ids.shape[-1]
+    positions = jnp.broadcast_to(jnp.arange(t), (3, *ids.shape))
+    causal = jnp.tril(jnp.ones((t, t), bool)) & mask[..., None, :]
+    embeds = captioner.apply({"params": params}, ids, None, method="embed")
+    return captioner.apply({"params": params}, embeds, positions, causal, method="hidden")[0]
+
+
+def build(
+    modules: Modules,
+    prompts: Prompts,
+    allowed: np.ndarray,
+    config: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    temperature: float | None = None,
+) -> Family:
+    """The four functions for one config.
+
+    `frozen` holds: `start` (all of the captioner's weights before training: the text encoder, the KL reference, and
+    whatever is not trained), `projector`, `transformer`, `pooled` [p] (the decoder's constant pooled condition).
+    `params["encoder"]` holds the trained leaves of the captioner.
+
+    Args:
+      temperature: of `generate`; None means the policy's own, 0 the most likely token.
+    """
+    captioner, settings = modules.captioner, config.rl
+    vision = captioner.config.vision
+    height = width = config.data.image_size
+    layout, _ = inputs.layout(height, width, vision)
+    grid = (height // vision.patch_size, width // vision.patch_size)
+    prompt = np.array(prompts.caption, np.int32)
+    prompt_positions, first_position = inputs.rope_positions(prompt, [grid], captioner.config)
+    p, t = len(prompt), settings.max_tokens
+    levels = flow.sigmas(config.redraw.steps, config.redraw.shift, config.redraw.spacing)
+    sampling_temperature = settings.temperature if temperature is None else temperature
+
+    def full(params: Params, frozen: Params) -> Params:
+        return merge(frozen["start"], params["encoder"])
+
+    def call(weights: Params, *args: Any, method: str) -> Any:
+        return captioner.apply({"params": weights}, *args, method=method)
+
+    def prefill(weights: Params, images: jax.Array) -> tuple[jax.Array, Any]:
+        """Reads image and prompt once an image: states [b, p, d] and a cache of p slots."""
+        b = images.shape[0]
+        pixels = (images - inputs.IMAGE_MEAN) / inputs.IMAGE_STD
+        patches = inputs.patchify(pixels, vision)
+        batched = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape)), layout)
+        features = call(weights, patches, batched, method="encode_image")
+        embeds = call(weights, jnp.broadcast_to(prompt, (b, p)), features, method="embed")
+        positions = jnp.broadcast_to(prompt_positions[:, None], (3, b, p))
+        return call(weights, embeds, positions, jnp.tril(jnp.ones((p, p), bool)), method="hidden")
+
+    def grouped(cache: Any, g: int) -> Any:
+        """Repeats each image's cache for its group, [L, b, p, ...] -> [L, b, g, p + t, ...]."""
+
+        def widen(x):
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, t), (0, 0), (0, 0)])
+            return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], g, *x.shape[2:]))
+
+        return jax.tree.map(widen, cache)
+
+    def generate(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> Segment:
+        weights = sharding.decode_view(full(params, frozen), mesh, captioner.dtype)
+        hidden, cache = prefill(weights, images)
+        b, g = keys.shape
+        logits = call(weights, hidden[:, -1], method="logits")
+
+        def decode(token: jax.Array, i: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            embeds = call(weights, token[..., None], None, method="embed")
+            positions = jnp.broadcast_to(first_position + i, (3, b, g, 1))
+            visible = jnp.arange(p + t) <= p + i
+            hidden, cache = call(weights, embeds, positions, visible[None], cache, p + i, method="hidden")
+            return call(weights, hidden[..., 0, :], method="logits"), cache
+
+        return tokens.sample(
+            jnp.broadcast_to(logits[:, None], (b, g, logits.shape[-1])),
+            sharding.constrain_batch(grouped(cache, g), mesh, axis=1),
+            decode,
+            keys,
+            max_tokens=t,
+            end_token=prompts.end_token,
+            allowed=jnp.asarray(allowed),
+            temperature=sampling_temperature,
+        )
+
+    def caption_states(weights: Params, images: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Teacher-forced states: of the last prompt token [b, d], and of the caption's tokens [b, g, t, d]."""
+        b, g, _ = actions.shape
+        hidden, cache = prefill(weights, images)
+        embeds = call(weights, actions, None, method="embed")
+        positions = jnp.broadcast_to(first_position + jnp.arange(t), (3, b, g, t))
+        visible = jnp.arange(p + t) <= p + jnp.arange(t)[:, None]
+        states, _ = call(weights, embeds, positions, visible, grouped(cache, g), p, method="hidden")
+        return hidden[:, -1], states
+
+    def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
+        weights = full(params, frozen)
+        captions = trajectory["caption"]
+        last, states = caption_states(weights, images, captions.actions)
+        first = jnp.broadcast_to(last[:, None, None], (*states.shape[:2], 1, states.shape[-1]))
+        hidden = jnp.concatenate([first, states[..., :-1, :]], axis=-2)
+        scores = tokens.log_probs(
+            hidden,
+            captions.actions,
+            lambda h: call(weights, h, method="logits"),
+            allowed=jnp.asarray(allowed),
+            temperature=settings.temperature,
+            chunk=settings.logit_chunk,
+        )
+        return {"caption": jnp.where(captions.mask, scores, 0.0)}
+
+    def conditions(params: Params, frozen: Params, captions: Segment, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The text encoder's states [b, g, s, d] and their mask."""
+        weights = frozen["start"] if config.text_encoder == "frozen" else full(params, frozen)
+        length = content_lengths(captions, prompts.end_token)
+        if config.condition_source == "in_context":
+            _, states = caption_states(weights, images, captions.actions)
+            return states, jnp.arange(t) < length[..., None]
+        ids, mask = captions_as_text(
+            captions.actions, length, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
+        )
+        return text_states(captioner, weights, ids, mask), mask
+
+    def negative_conditions(frozen: Params, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The negative prompt's states, padded to the shape of the positive ones."""
+        s = like.shape[-2]
+        ids = (prompts.redraw_prefix + prompts.negative + prompts.redraw_suffix)[:s]
+        padded = jnp.array(ids + (prompts.end_token,) * (s - len(ids)), jnp.int32)
+        mask = jnp.arange(s) < len(ids)
+        states = text_states(captioner, frozen["start"], padded, mask)
+        return jnp.broadcast_to(states, like.shape), jnp.broadcast_to(mask, like.shape[:-1])
+
+    def redraw(params: Params, frozen: Params, captions: Segment, images: jax.Array, keys: jax.Array) -> jax.Array:
+        states, mask = conditions(params, frozen, captions, images)
+        noise = initial_noise(keys, (height, width, modules.transformer.config.in_channels), config.redraw.same_noise)
+        guidance = config.redraw.guidance
+        if guidance != 1.0:
+            # One doubled batch on a new leading axis: conditional, unconditional.
+            states, mask = (jnp.stack(x) for x in zip((states, mask), negative_conditions(frozen, states), strict=True))
+        text = modules.projector.apply({"params": frozen["projector"]}, states)
+
+        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            latents = x if guidance == 1.0 else jnp.broadcast_to(x, (2, *x.shape))
+            prediction = draw_step(
+                modules.transformer, frozen, latents, text, sigma, mask if config.mask_text else None
+            )
+            if guidance != 1.0:
+                prediction = flow.guided(prediction[0], prediction[1], guidance)
+            return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
+
+        return pixels_from_latents(flow.euler(velocity, noise, levels))
+
+    return Family(generate, redraw, log_probs)
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...], same: bool) -> jax.Array:
+    """Gaussian noise [b, g, *shape], by row; `same` repeats that of each group's first sample."""
+    drawn = tokens.map_keys(lambda k: jax.random.normal(k, shape), keys[:, :1] if same else keys)
+    return jnp.broadcast_to(drawn, (*keys.shape, *shape))
+
+
+def draw_step(
+    transformer: SD3Transformer, frozen: Params, latents: jax.Array, text: jax.Array, sigma: jax.Array, mask: Any
+) -> jax.Array:
+    """One call of the MM-DiT at noise level sigma (a scalar or [...]), which it knows as a timestep 0..1000."""
+    batch = latents.shape[:-3]
+    pooled = jnp.broadcast_to(frozen["pooled"], (*batch, frozen["pooled"].shape[-1]))
+    timestep = jnp.broadcast_to(sigma * flow.TRAIN_TIMESTEPS, batch)
+    return transformer.apply({"params": frozen["transformer"]}, latents, text, pooled, timestep, mask)
+
+
+def pixels_from_latents(latents: jax.Array) -> jax.Array:
+    """The tiny world's autoencoder is the identity: latents are pixels in -1..1."""
+    return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
+
+
+def latents_from_pixels(images: jax.Array) -> jax.Array:
+    """Inverse of `pixels_from_latents`."""
+    return images * 2.0 - 1.0
