@@ -1,0 +1,82 @@
+"""Name tables of the released sizes against the released checkpoints' tensors (names and shapes, no weights)."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from uae_jax.convert.table import Entry, flat_names
+from uae_jax.models.clip import config as clip_config
+from uae_jax.models.clip import model as clip_model
+from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.sd3 import config as sd3_config
+from uae_jax.models.sd3 import model as sd3_model
+from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.vae import config as vae_config
+from uae_jax.models.vae import model as vae_model
+from uae_jax.models.vae import weights as vae_weights
+
+MANIFESTS = Path(__file__).parents[2] / "shared/manifests"
+SD3 = (sd3_config.Config, sd3_weights.table, sd3_model.SD3Transformer)
+VAE = (vae_config.Config, vae_weights.table, vae_model.AutoencoderKL)
+CLIP = (clip_config.Config, clip_weights.table, clip_model.CLIP)
+MODELS: dict[str, Any] = {
+    "sd3_5_medium": SD3,
+    "sd3_5_large": SD3,
+    "vae_sd3": VAE,
+    "vae_flux": VAE,
+    "clip_vit_l14": CLIP,
+}
+
+
+def inputs(config: Any) -> list[jax.ShapeDtypeStruct]:
+    """Arguments of one call, as shapes."""
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    match config:
+        case sd3_config.Config():
+            text, pooled = config.joint_attention_dim, config.pooled_projection_dim
+            return [array(1, 128, 128, config.in_channels), array(1, 256, text), array(1, pooled), array(1)]
+        case vae_config.Config():
+            return [array(1, 64, 64, config.in_channels)]
+        case clip_config.Config():
+            side = config.vision.image_size
+            return [array(1, side, side, 3), array(1, config.text.max_position_embeddings, dtype=jnp.int32)]
+    raise AssertionError(config)
+
+
+def our_shape(entry: Entry) -> tuple[int, ...]:
+    """Shape of a parameter: its stacking axes, then its tensor's shape as transformed (of a view, without memory)."""
+    stacked, names = [], entry.names
+    while not isinstance(names, str):
+        stacked.append(len(names))
+        names = names[0]
+    tensor = np.broadcast_to(np.float32(0), entry.shape)
+    return (*stacked, *entry.transform.to_jax(tensor).shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_table_equals_the_manifest_and_the_model(name):
+    path = MANIFESTS / f"{name}.json.gz"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    manifest = json.loads(gzip.decompress(path.read_bytes()))
+    config_class, make_table, model = MODELS[name]
+    config = config_class.from_hf(manifest["config"])
+    table = make_table(config)
+
+    found = {tensor: entry.shape for entry in table for tensor in flat_names(entry.names)}
+    assert sum(len(flat_names(entry.names)) for entry in table) == len(found)
+    assert found == {tensor: tuple(shape) for tensor, shape in manifest["tensors"].items()}
+
+    fresh = jax.eval_shape(model(config).init, jax.random.key(0), *inputs(config))
+    shapes = {path: x.shape for path, x in traverse_util.flatten_dict(fresh["params"], sep="/").items()}
+    assert shapes == {entry.path: our_shape(entry) for entry in table}
