@@ -75,6 +75,10 @@ def test_seeds_and_splits_differ():
     assert all(sum(a == b for a, b in zip(x, y, strict=True)) < 3 for x, y in itertools.combinations(streams, 2))
 
 
+def test_neighbouring_indices_and_seeds_give_other_scenes():
+    assert len({sample_scene(seed, i) for seed in range(4) for i in range(250)}) > 970  # one-object scenes may recur
+
+
 def test_object_limit_is_checked():
     for n in (0, 5):
         with pytest.raises(UserError, match="max_objects"):
