@@ -8,12 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from tests.parity.conftest import redraw
 from uae_jax.convert.table import load, save
@@ -30,6 +26,10 @@ from uae_jax.models.qwen2_5_vl.inputs import (
 from uae_jax.models.qwen2_5_vl.language import LanguageModel, text_positions
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.qwen2_5_vl.weights import table
+
+torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[parity]'")
+processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
 
 TOLERANCE = 1e-4
 START, END, IMAGE, VIDEO, EOS, PAD = 58, 59, 60, 61, 62, 63
@@ -54,7 +54,7 @@ def pair(request, tmp_path_factory):
     """(transformers' model, our model, our parameters, tensors as saved)."""
     text, vision = CONFIGS[request.param]
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": SECTIONS[request.param]}
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
             text,
             vocab_size=64,
@@ -73,7 +73,7 @@ def pair(request, tmp_path_factory):
         tie_word_embeddings=request.param == "tied",
     )
     config._attn_implementation = "eager"
-    reference = Qwen2_5_VLForConditionalGeneration(config).eval()
+    reference = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
     redraw(reference)
     folder = tmp_path_factory.mktemp(request.param)
     reference.save_pretrained(folder)
@@ -160,7 +160,7 @@ def test_config_travels(pair):
     reference, model, _, _ = pair
     written = model.config.to_hf()
     assert Config.from_hf(written) == model.config
-    theirs = Qwen2_5_VLConfig(**json.loads(json.dumps(written)))
+    theirs = transformers.Qwen2_5_VLConfig(**json.loads(json.dumps(written)))
     assert Config.from_hf(theirs.to_dict()) == model.config
     rope = reference.config.text_config.rope_parameters
     assert rope.items() <= theirs.text_config.rope_parameters.items()
@@ -308,11 +308,11 @@ def test_image_processor():
     for height, width in rng.integers(20, 900, (200, 2)).tolist():
         if max(height, width) <= 200 * min(height, width):
             args = (height, width, 28, 56 * 56, 500 * 28 * 28)
-            assert smart_resize(*args) == reference_smart_resize(*args)
+            assert smart_resize(*args) == processing.smart_resize(*args)
     assert smart_resize(70, 98, 28, 1, 10**6) == (56, 112)  # 2.5 and 3.5 go to the even neighbour
     height, width = 140, 196
     pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    expected = Qwen2VLImageProcessorPil()(Image.fromarray(pixels), return_tensors="np")
+    expected = processing.Qwen2VLImageProcessorPil()(Image.fromarray(pixels), return_tensors="np")
     assert expected["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
     patches = patchify((pixels / np.float32(255) - IMAGE_MEAN) / IMAGE_STD, config)
     _, source = layout(height, width, config)
