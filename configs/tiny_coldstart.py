@@ -1,6 +1,6 @@
 """Cold start of the tiny world: towers, captioner, decoder, from nothing. Its weights are what the package ships.
 
-    python -m uae_jax.main --config=configs/tiny_coldstart.py [--config.stage=decoder]
+python -m uae_jax.main --config=configs/tiny_coldstart.py [--config.stage=decoder]
 """
 
 from ml_collections import ConfigDict
@@ -115,7 +115,7 @@ def get_config() -> ConfigDict:
     )
 
     config.tower = ConfigDict()
-    config.tower.steps = 2000
+    config.tower.steps = 1500
     config.tower.batch_size = 128  # half of them differ from a neighbour in one attribute
     config.tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
 

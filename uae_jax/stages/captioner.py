@@ -13,6 +13,7 @@ from uae_jax import optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
+from uae_jax.data.text import encode_captions
 from uae_jax.models.qwen2_5_vl import inputs
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.sampling.tokens import Segment
@@ -36,7 +37,7 @@ def build(
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
         share = 1.0 if step < settings.see_steps else settings.terse_keeps_complete
         texts = [grammar.complete(s) if rng.random() < share else grammar.terse(s, rng) for s in scenes]
-        tokens, mask = coldstart.encode_captions(tokenizer, texts, length, end_token)
+        tokens, mask = encode_captions(tokenizer, texts, length, end_token)
         return {"tokens": tokens, "mask": mask}
 
     def loss(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -1,13 +1,12 @@
 """What the supervised stages of the tiny world share: rendered batches, a plain training step, initial weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tokenizers import Tokenizer
 
 from uae_jax.convert import folder
 from uae_jax.data.shapes.render import render
@@ -46,21 +45,6 @@ class SceneBatches:
 def uniform_scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
     """The next `batch_size` scenes of the training split."""
     return [sample_scene(split_seed(seed, "train"), step * batch_size + i) for i in range(batch_size)]
-
-
-def encode_captions(
-    tokenizer: Tokenizer, texts: Sequence[str], length: int, end_token: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids with the end token, padded: int32 [n, length] and their mask."""
-    ids = np.full((len(texts), length), end_token, np.int32)
-    mask = np.zeros((len(texts), length), bool)
-    for row, encoding in enumerate(tokenizer.encode_batch(list(texts), add_special_tokens=False)):
-        tokens = [*encoding.ids, end_token]
-        if len(tokens) > length:
-            raise ValueError(f"caption of {len(tokens)} tokens, room for {length}: {texts[row]!r}")
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = True
-    return ids, mask
 
 
 def model_config(config: Any, name: str) -> Any:

@@ -59,7 +59,7 @@ def build(
             grammar.complete(s) if rng.random() < settings.complete else grammar.caption(s, rng, rng.uniform(0.3, 1.0))
             for s in scenes
         ]
-        tokens, mask = coldstart.encode_captions(tokenizer, texts, length, prompts.end_token)
+        tokens, mask = encode_captions(tokenizer, texts, length, prompts.end_token)
         return {"tokens": tokens, "length": mask.sum(1).astype(np.int32) - 1}
 
     def scenes(seed: int, step: int, batch_size: int) -> list[Scene]:

@@ -19,6 +19,7 @@ from uae_jax import optimizers, rewards
 from uae_jax.convert import folder
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import BACKGROUNDS, CELLS, COLOURS, SHAPES, SIZES, Scene, sample_scene, split_seed
+from uae_jax.data.text import encode_captions
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.clip.model import CLIP
 from uae_jax.stages import Program, coldstart
@@ -82,7 +83,7 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     length = config.rl.max_tokens
 
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
-        tokens, _ = coldstart.encode_captions(tokenizer, [grammar.complete(s) for s in scenes], length, end_token)
+        tokens, _ = encode_captions(tokenizer, [grammar.complete(s) for s in scenes], length, end_token)
         grids = [facts.attributes_grid(scene) for scene in scenes]
         return {"tokens": tokens} | {name: np.stack([grid[name] for grid in grids]) for name in grids[0]}
 

@@ -1,0 +1,138 @@
+"""The outer loop, for every stage: data, state, restore, step, log, save."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uae_jax import checkpoint, sharding, storage
+from uae_jax import config as configs
+from uae_jax.convert import folder
+from uae_jax.data import sources
+from uae_jax.data.shapes import tokenizer as shapes_tokenizer
+from uae_jax.errors import UserError
+from uae_jax.metrics import Writer
+from uae_jax.models.projector.model import Projector
+from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.sd3.model import SD3Transformer
+from uae_jax.stages import Program, captioner, coldstart, decoder, rl, tower
+from uae_jax.umm import diffusion
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Runs the stages of a config one after the other, each from where it stopped.
+
+    Raises:
+      UserError: whatever the user can fix.
+    """
+    configs.validate(config)
+    mesh = sharding.make_mesh(config)
+    for stage in configs.stages(config):
+        # RL is what a workdir is for; the stages of a cold start each have a folder in it.
+        folder_of_stage = workdir if stage == "rl" else workdir / stage
+        with storage.storage_errors(folder_of_stage):
+            folder_of_stage.mkdir(parents=True, exist_ok=True)
+        checkpoint.check_config(folder_of_stage, config.to_dict(), configs.MAY_DIFFER)
+        checkpoint.write_config(folder_of_stage, config.to_dict())
+        if not loop(build(stage, config, workdir, mesh), config, folder_of_stage, mesh):
+            return
+
+
+def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a stage. Later stages of a cold start read what earlier ones wrote to workdir/weights."""
+    if stage == "rl":
+        return rl.build(config, workdir, mesh)
+    if "models" not in config:
+        raise UserError(
+            f"config.stage = {stage!r} starts from nothing and needs config.models, as configs/tiny_coldstart.py"
+        )
+    tokenizer = shapes_tokenizer.build()
+    sizes = coldstart.model_config(config, "captioner")
+    modules = diffusion.Modules(
+        Qwen2_5_VL(sizes),
+        Projector(coldstart.model_config(config, "projector")),
+        SD3Transformer(coldstart.model_config(config, "transformer")),
+    )
+    prompts = diffusion.Prompts.build(tokenizer, config, sizes)
+    if stage == "tower":
+        return tower.build(config, workdir, tokenizer, prompts.end_token)
+    if stage == "captioner":
+        allowed = diffusion.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
+        family = diffusion.build(modules, prompts, allowed, config, mesh)
+        return captioner.build(config, workdir, tokenizer, prompts.end_token, modules.captioner, family)
+    start = folder.load_model(workdir / "weights" / "captioner").params
+    return decoder.build(config, workdir, tokenizer, modules, prompts, start)
+
+
+def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> bool:
+    """Trains one program to its last step; False if it was asked to stop before (everything is saved)."""
+    # ---- state: on the mesh, from the last checkpoint if there is one
+    state = sharding.place(program.state, mesh)
+    frozen = sharding.place(program.frozen, mesh)
+    with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
+        restored = saver.restore_latest(jax.tree.map(abstract, state))
+        if restored is not None:
+            state, _ = restored
+        first = int(state.step)
+        compiled = jax.jit(program.step, donate_argnums=0)
+        with Writer(workdir, program.steps, program.columns, resume_step=first) as writer, stop_requests() as stopped:
+            # ---- what was there before
+            if first == 0:
+                program.evaluate(state, writer)
+            elif first < program.steps:
+                writer.message(f"resuming {workdir} at step {first}")
+            # ---- training
+            began = last = time.monotonic()
+            for at, batch in enumerate(sources.prefetch(program.batches, first, program.steps), first + 1):
+                state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
+                metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
+                now = time.monotonic()
+                images, tokens = len(batch["image"]), metrics.pop("caption/tokens", None)
+                metrics["throughput/images_per_s"] = images / (now - last)
+                if tokens is not None:
+                    metrics["throughput/tokens_per_s"] = tokens / (now - last)
+                last = now
+                writer.write(at, metrics)
+                over = 0 < 60 * config.stop_after_minutes < now - began
+                stop = at < program.steps and (bool(stopped) or over)
+                # A copy, since the step donates its state while an asynchronous save may still read it.
+                if stop or at == program.steps or at % config.checkpoint.every == 0:
+                    saver.save(at, jax.tree.map(jnp.copy, state), force=True)
+                if stop:
+                    writer.message(f"stopped at step {at} of {program.steps}; the same command continues")
+                    return False
+                if config.eval.every and (at % config.eval.every == 0 or at == program.steps):
+                    program.evaluate(state, writer)
+                    last = time.monotonic()
+            # ---- what it came to
+            program.finish(state, writer)
+    return True
+
+
+def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a checkpoint restores into: shape, type and place of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that fills when the process is asked to end (SIGTERM, Ctrl-C); a second Ctrl-C ends it at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
