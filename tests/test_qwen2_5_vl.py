@@ -16,7 +16,7 @@ from uae_jax.convert.table import flat_names
 from uae_jax.errors import UserError
 from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
 from uae_jax.models.qwen2_5_vl.inputs import layout, pack, patchify, rope_positions, smart_resize
-from uae_jax.models.qwen2_5_vl.language import text_positions
+from uae_jax.models.qwen2_5_vl.language import mrope_angles, text_positions
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.qwen2_5_vl.weights import table
 
@@ -203,6 +203,15 @@ def test_text_counts_alike_on_all_axes():
     positions, following = rope_positions(np.arange(5), [], TINY)
     assert following == 5
     assert np.array_equal(positions, text_positions(jnp.arange(5)))
+
+
+def test_angles_are_exact():
+    """Far positions, at any matmul precision: sections of the frequencies read time, height, width."""
+    positions = np.stack([np.arange(30000), np.arange(30000)[::-1], np.arange(30000) // 7])
+    with jax.default_matmul_precision("bfloat16"):
+        found = jax.jit(mrope_angles, static_argnums=1)(positions, TINY.text)
+    speeds = 1e4 ** (-np.arange(3) / 3)
+    assert np.abs(found - positions.T * speeds).max() < 30000 * 2e-7
 
 
 def from_manifest(name):

@@ -181,7 +181,8 @@ class LanguageModel(nn.Module):
         Args:
           embeds: [..., t, d].
           positions: int [3, ..., t], rotary (time, height, width); see `text_positions`.
-          mask: bool, broadcastable to [..., t, s]; True where a token sees a slot. Causality is part of it.
+          mask: bool, two axes or more, broadcastable to [..., t, s]; True where a token sees a slot. Causality is part
+            of it.
           cache: s slots; the new keys and values go to slots index..index+t, the same for the whole batch.
           index: first slot to write; unused without a cache, where s = t.
 
