@@ -97,6 +97,23 @@ def test_features_and_hidden_states(eos, act):
     np.testing.assert_allclose(scale * a @ b.T, logits.numpy(), rtol=0, atol=1e-4)
 
 
+def test_epsilon_of_the_norms():
+    """Embeddings so small that the norms' epsilon matters."""
+    reference, model, _ = build(TINY)
+    pixels, tokens = draw()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            if "embedding" in name:
+                p.mul_(0.003)
+        image = reference.visual_projection(
+            reference.vision_model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).pooler_output
+        )
+        text = reference.text_projection(reference.text_model(torch.from_numpy(tokens)).pooler_output)
+    found = jax.jit(model.apply)({"params": load(table(TINY), tensors(reference))}, pixels, tokens)
+    np.testing.assert_allclose(found[0], image.numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[1], text.numpy(), rtol=0, atol=1e-4)
+
+
 def test_eos_token_decides_where_text_is_read(tiny):
     _, _, variables = tiny
     _, tokens = draw()

@@ -8,7 +8,7 @@ from tests.parity.conftest import redraw, tensors
 from uae_jax.convert.table import load, save
 from uae_jax.errors import UserError
 from uae_jax.models.vae.config import Config
-from uae_jax.models.vae.model import AutoencoderKL
+from uae_jax.models.vae.model import AutoencoderKL, GroupNorm
 from uae_jax.models.vae.weights import table
 
 torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
@@ -76,6 +76,19 @@ def test_decode(tiny):
     assert images.shape == expected.shape == (2, 20, 12, 4)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
+
+
+def test_group_norm_of_small_and_shifted_activations(tiny):
+    """Its epsilon, and a mean that is large against the deviation."""
+    reference, _, variables = tiny
+    x = draw(2, 6, 5, 8) * np.array([1e-3, 1e-2], np.float32)[:, None, None, None]
+    x[1] += 3
+    with torch.no_grad():
+        expected = reference.decoder.conv_norm_out(to_torch(x)).permute(0, 2, 3, 1).numpy()
+    params = {"params": variables["params"]["decoder"]["conv_norm_out"]}
+    found = GroupNorm(TINY.norm_num_groups, np.float32).apply(params, x)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-4)
 
 
 def test_gradient_of_a_decoded_image(tiny):
