@@ -132,6 +132,16 @@ def test_padding_windows_change_nothing(tiny):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients["visual"]))
 
 
+def test_one_layout_serves_all_rows(tiny):
+    model, params = tiny
+    images = np.random.default_rng(0).standard_normal((2, 3, 24, 16, 3)).astype(np.float32)
+    where = layout(24, 16, TINY.vision)[0]
+    encode = jax.jit(functools.partial(model.apply, {"params": params}, method="encode_image"))
+    found = encode(patchify(images, TINY.vision), jax.tree.map(lambda x: x[None, None], where))
+    assert found.shape == (2, 3, 6, 24)
+    assert np.abs(found[1, 2] - encode(patchify(images[1, 2], TINY.vision), where)).max() < 1e-5
+
+
 def test_windows_and_frames_are_apart(tiny):
     """Windowed blocks see their window only; full blocks see their image only."""
     model, params = tiny

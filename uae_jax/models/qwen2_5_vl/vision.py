@@ -116,7 +116,7 @@ class VisionTower(nn.Module):
 
         Args:
           patches: [..., w, l, patch_dim], normalised pixels; padding slots may hold anything finite.
-          layout: int arrays with the same leading axes.
+          layout: int arrays with as many leading axes, of the same size or 1 (all rows alike).
 
         Returns:
           [..., n, out_hidden_size]: merged tokens in raster order, as `layout.order` lists them.
