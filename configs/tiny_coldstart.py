@@ -115,16 +115,16 @@ def get_config() -> ConfigDict:
     )
 
     config.tower = ConfigDict()
-    config.tower.steps = 1500
+    config.tower.steps = 900
     config.tower.batch_size = 128  # half of them differ from a neighbour in one attribute
     config.tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
 
     config.captioner = ConfigDict()
-    config.captioner.see_steps = 1500  # on complete captions
+    config.captioner.see_steps = 1000  # on complete captions
     config.captioner.terse_steps = 225  # on mostly short ones
     config.captioner.terse_learning_rate = 2e-3  # falls to 0 over the terse phase
     config.captioner.terse_keeps_complete = 0.15  # share of complete captions in the terse phase
-    config.captioner.curriculum_steps = 400  # up to one object at first, up to four from here on
+    config.captioner.curriculum_steps = 200  # up to one object at first, up to four from here on
     config.captioner.batch_size = 64
     config.captioner.optimizer = base.optimizer("muon", 1e-2, warmup=30)
 

@@ -1,4 +1,4 @@
-"""Every field of a config, with its meaning and default; `configs/*.py` start from `default()` and change what they need.
+"""Every field of a config, with its meaning and default; `configs/*.py` start from `default()` and change some.
 
 A config is a locked `ml_collections.ConfigDict`: a misspelt field or a value of another type is an error. `validate`
 checks what types cannot say.

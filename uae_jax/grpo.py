@@ -5,8 +5,9 @@ For every image, `g` samples; `A_i = (r_i - mean r) / (std r + eps)` inside the 
 
     J = sum_t w_t ( min(rho A, clip(rho, 1 - low, 1 + high) A) - beta k3 ),    k3 = exp(ref - new) - (ref - new) - 1
 
-(GRPO, arXiv 2402.03300, with the asymmetric clip of DAPO). Everything is float32; log-ratios are clipped to +-20 so that
-a wild sample gives a large number and never an infinite one. Axes: b(atch of images) g(roup) t(okens or other actions).
+(GRPO, arXiv 2402.03300, with the asymmetric clip of DAPO). Everything is float32; log-ratios are clipped to +-20 so
+that a wild sample gives a large number and never an infinite one. Axes: b(atch of images) g(roup) t(okens or
+other actions).
 """
 
 from typing import NamedTuple
@@ -47,9 +48,9 @@ def advantages(
 def action_weights(mask: jax.Array, normaliser: str) -> jax.Array:
     """Weights [b, g, t] that turn a sum over actions into the chosen mean; zero outside `mask`.
 
-    `constant` divides every sample by the same length t (Dr. GRPO: long samples are not discounted), `sequence` takes the
-    mean inside each sample first (GRPO), `token` the mean over all actions of the batch (DAPO). Computed for the whole
-    batch, so that gradients of microbatches add up exactly.
+    `constant` divides every sample by the same length t (Dr. GRPO: long samples are not discounted), `sequence` takes
+    the mean inside each sample first (GRPO), `token` the mean over all actions of the batch (DAPO). Computed for the
+    whole batch, so that gradients of microbatches add up exactly.
     """
     weights = mask.astype(jnp.float32)
     samples = jnp.maximum(mask.any(-1).sum(), 1)

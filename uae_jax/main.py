@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     runtime.prepare()
     from uae_jax import train  # only now: jax reads its environment when it is imported
 
-    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS["config"].config_filename).stem)
+    workdir = Path(FLAGS.workdir or Path("runs") / Path(config_flags.get_config_filename(FLAGS["config"])).stem)
     train.run(config, workdir)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax.models import apply
 from uae_jax.models.clip.model import CLIP
 
 # OpenAI CLIP's pixel statistics.
@@ -36,7 +37,7 @@ def clip_tower(module: CLIP) -> Callable[[Any, jax.Array], jax.Array]:
 
     def features(params: Any, images: jax.Array) -> jax.Array:
         pixels = normalised(images, module.config.vision.image_size)
-        return unit(module.apply({"params": params}, pixels, method="image_features"))
+        return unit(apply(module, params, pixels, method="image_features"))
 
     return features
 

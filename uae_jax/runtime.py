@@ -1,4 +1,4 @@
-"""What every command does round its work: parse flags, prepare the process, turn errors into one line and an exit code."""
+"""What every command does round its work: flags, preparing the process, errors as one line and an exit code."""
 
 import ctypes
 import difflib

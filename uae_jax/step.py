@@ -25,8 +25,7 @@ Metrics = dict[str, jax.Array]
 STARTING_WEIGHTS: Params = {"encoder": {}}
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """All that a run changes, and all that a checkpoint holds."""
 
     step: jax.Array  # int32, updates done
@@ -126,7 +125,7 @@ def update(
     parts = split((images, segments, weights, advantage))
 
     def before(part: Any) -> tuple[Any, Any, jax.Array]:
-        """Log-probs by the weights at the start of the update and of the run; largest gap of the first to the sampler."""
+        """Log-probs by the weights before the update and before the run; largest gap of the first to the sampler's."""
         images, segments, *_ = part
         old = family.log_probs(state.params, frozen, images, segments)
         ref = family.log_probs(STARTING_WEIGHTS, frozen, images, segments) if rl.beta else old

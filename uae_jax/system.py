@@ -107,7 +107,8 @@ def trainable(params: Params, pattern: str) -> Params:
       UserError: nothing matches.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    chosen = {path: jnp.asarray(x, jnp.float32) for path, x in flat.items() if re.match(pattern, path)}
+    # Copies: what is trained is donated to the step, what it started from stays.
+    chosen = {path: jnp.array(x, jnp.float32) for path, x in flat.items() if re.match(pattern, path)}
     if not chosen:
         raise UserError(f"config.trainable = {pattern!r} matches no parameter; paths look like {sorted(flat)[0]}")
     return traverse_util.unflatten_dict(chosen, sep="/")

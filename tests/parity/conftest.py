@@ -22,7 +22,7 @@ def redraw(model) -> None:
                 draw *= 1.5 / np.sqrt(np.prod(p.shape[1:]))
             else:
                 draw = draw * 0.2 + (1.0 if name.endswith("weight") else 0.0)
-            p.copy_(torch.from_numpy(draw).to(p.dtype))
+            p.copy_(torch.from_numpy(np.asarray(draw)).to(p.dtype))
 
 
 def tensors(model) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """The held-out comparison: what a captioner says of unseen images, and what is redrawn from it.
 
-For any images: reward and unseen tower, caption length, and the control with captions of other images. Where the truth is
-known (the shapes world) also the ceiling, facts, forced-choice perception, the attribute judge, and more controls.
+For any images: reward and unseen tower, caption length, and the control with captions of other images. Where the
+truth is known (the shapes world) also the ceiling, facts, forced-choice perception, the attribute judge, and more
+controls.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from uae_jax import rewards, sharding
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import Scene
 from uae_jax.data.text import decode_captions, encode_captions
+from uae_jax.models import apply
 from uae_jax.sampling.tokens import Segment, truncated
 from uae_jax.step import sample_keys
 from uae_jax.system import System
@@ -57,7 +59,7 @@ class Evaluator:
             similar = rewards.similarities(system.towers, frozen["towers"], images, redrawn)
             out["towers"] = {name: value[:, 0] for name, value in similar.items()}
             if system.judge is not None:
-                logits = system.judge.apply({"params": frozen["judge"]}, redrawn[:, 0])
+                logits = apply(system.judge, frozen["judge"], redrawn[:, 0])
                 out["judged"] = {name: value.argmax(-1) for name, value in logits.items()}
             return out
 

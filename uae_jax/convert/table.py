@@ -31,7 +31,7 @@ KEEP = Transform(lambda x: x, lambda x, shape: x.reshape(shape))
 LINEAR = Transform(lambda x: x.T, lambda x, shape: x.T)
 # torch Conv2d [O, I, H, W] <-> flax Conv kernel [H, W, I, O]
 CONV2D = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x, shape: x.transpose(3, 2, 0, 1))
-# A convolution whose stride is its kernel size, as a matrix over flattened patches: [O, C, (T), H, W] <-> [C*(T)*H*W, O]
+# A convolution whose stride is its kernel size, as a matrix over patches: [O, C, (T), H, W] <-> [C*(T)*H*W, O]
 PATCHES = Transform(lambda x: x.reshape(x.shape[0], -1).T, lambda x, shape: x.T.reshape(shape))
 
 # A name, or a (nested) tuple of names whose tensors are stacked along new leading axes (layers that are scanned).
@@ -104,7 +104,7 @@ def save(table: list[Entry], params: Params) -> dict[str, np.ndarray]:
 
     def unstack(names: Names, value: np.ndarray, entry: Entry) -> Iterable[tuple[str, np.ndarray]]:
         if isinstance(names, str):
-            yield names, np.ascontiguousarray(entry.transform.to_torch(value, entry.shape))
+            yield names, np.array(entry.transform.to_torch(value, entry.shape), order="C")
         else:
             for name, part in zip(names, value, strict=True):
                 yield from unstack(name, part, entry)

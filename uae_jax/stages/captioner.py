@@ -1,4 +1,4 @@
-"""Stage `captioner`: first see (complete captions), then be terse (mostly one object), so that RL can find details pay."""
+"""Stage `captioner`: first see (complete captions), then be terse (mostly one object), so that details pay in RL."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
 from uae_jax.data.text import encode_captions
+from uae_jax.models import initial
 from uae_jax.models.qwen2_5_vl import inputs
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.sampling.tokens import Segment
@@ -75,4 +76,4 @@ def initial_captioner(key: jax.Array, captioner: Qwen2_5_VL, image_size: int) ->
     layout, _ = inputs.layout(image_size, image_size, vision)
     patches = inputs.patchify(jnp.zeros((image_size, image_size, 3)), vision)
     tokens = jnp.full(1, captioner.config.image_token_id)
-    return captioner.init(key, patches, layout, tokens, jnp.zeros((3, 1), int), jnp.ones((1, 1), bool))["params"]
+    return initial(captioner, key, patches, layout, tokens, jnp.zeros((3, 1), int), jnp.ones((1, 1), bool))

@@ -16,6 +16,8 @@ from uae_jax import optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
+from uae_jax.data.text import encode_captions
+from uae_jax.models import apply, initial
 from uae_jax.stages import Program, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, diffusion
@@ -69,7 +71,7 @@ def build(
     def loss(params: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         clean = diffusion.latents_from_pixels(batch["image"])
         states, mask = states_of(frozen["start"], batch["tokens"], batch["length"])
-        text = projector.apply({"params": params["projector"] | frozen["whitening"]}, states)
+        text = apply(projector, params["projector"] | frozen["whitening"], states)
         noise_key, level_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, clean.shape)
         level = jax.nn.sigmoid(settings.level_mean + settings.level_std * jax.random.normal(level_key, clean.shape[:1]))
@@ -97,8 +99,8 @@ def build(
     text = jnp.zeros((1, 1, projector.config.out_size))
     latents = jnp.zeros((1, size, size, transformer.config.in_channels))
     params = {
-        "projector": projector.init(keys[0], states[:1])["params"],
-        "transformer": transformer.init(keys[1], latents, text, pooled[None], jnp.zeros(1))["params"],
+        "projector": initial(projector, keys[0], states[:1]),
+        "transformer": initial(transformer, keys[1], latents, text, pooled[None], jnp.zeros(1)),
     }
     params["projector"] = {k: v for k, v in params["projector"].items() if k not in ("mean", "matrix")}
     fixed = {"mean": jnp.asarray(mean), "matrix": jnp.asarray(matrix)}

@@ -20,6 +20,7 @@ from uae_jax.convert import folder
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import BACKGROUNDS, CELLS, COLOURS, SHAPES, SIZES, Scene, sample_scene, split_seed
 from uae_jax.data.text import encode_captions
+from uae_jax.models import apply, initial
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.clip.model import CLIP
 from uae_jax.stages import Program, coldstart
@@ -67,7 +68,7 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
 def contrastive(clip: CLIP, params: Any, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """CLIP's symmetric cross-entropy, and the share of images whose own caption is the nearest."""
     pixels = rewards.normalised(images, clip.config.vision.image_size)
-    image, text, scale = clip.apply({"params": params}, pixels, tokens)
+    image, text, scale = apply(clip, params, pixels, tokens)
     logits = jnp.minimum(scale, 100.0) * rewards.unit(image) @ rewards.unit(text).T
     labels = jnp.arange(len(images))
     losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels).mean() for x in (logits, logits.T)]
@@ -96,17 +97,18 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
             value, metrics[f"accuracy/{name}"] = contrastive(clip, params[name], seen, tokens)
             total += value
         # The judge must read redraws too, so it sees noise, never only clean renderings.
-        logits = judge.apply({"params": params["judge"]}, augment(images, jax.random.fold_in(key, 1)))
+        logits = apply(judge, params["judge"], augment(images, jax.random.fold_in(key, 1)))
         losses = {k: optax.softmax_cross_entropy_with_integer_labels(v, batch[k]).mean() for k, v in logits.items()}
         metrics["accuracy/judge"] = jnp.stack([(v.argmax(-1) == batch[k]).mean() for k, v in logits.items()]).min()
         total += sum(losses.values())
         return total, metrics | {"loss": total}
 
-    keys = dict(zip((*TOWERS, "judge"), jax.random.split(jax.random.key(config.seed), 3), strict=True))
+    names = (*TOWERS, "judge")
+    keys = dict(zip(names, jax.random.split(jax.random.key(config.seed), len(names)), strict=True))
     blank = jnp.zeros((1, size, size, 3))
     tokens = jnp.zeros((1, length), jnp.int32)
-    params = {name: clip.init(keys[name], blank, tokens)["params"] for name in TOWERS}
-    params["judge"] = judge.init(keys["judge"], blank)["params"]
+    params = {name: initial(clip, keys[name], blank, tokens) for name in TOWERS}
+    params["judge"] = initial(judge, keys["judge"], blank)
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
 
     def finish(state: State, writer: Any) -> None:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from uae_jax import sharding
 from uae_jax.errors import UserError
+from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl import inputs
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -118,8 +119,8 @@ def text_states(captioner: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax
     t = ids.shape[-1]
     positions = jnp.broadcast_to(jnp.arange(t), (3, *ids.shape))
     causal = jnp.tril(jnp.ones((t, t), bool)) & mask[..., None, :]
-    embeds = captioner.apply({"params": params}, ids, None, method="embed")
-    return captioner.apply({"params": params}, embeds, positions, causal, method="hidden")[0]
+    embeds = apply(captioner, params, ids, None, method="embed")
+    return apply(captioner, params, embeds, positions, causal, method="hidden")[0]
 
 
 def build(
@@ -154,7 +155,7 @@ def build(
         return merge(frozen["start"], params["encoder"])
 
     def call(weights: Params, *args: Any, method: str) -> Any:
-        return captioner.apply({"params": weights}, *args, method=method)
+        return apply(captioner, weights, *args, method=method)
 
     def prefill(weights: Params, images: jax.Array) -> tuple[jax.Array, Any]:
         """Reads image and prompt once an image: states [b, p, d] and a cache of p slots."""
@@ -254,7 +255,7 @@ def build(
         if guidance != 1.0:
             # One doubled batch on a new leading axis: conditional, unconditional.
             states, mask = (jnp.stack(x) for x in zip((states, mask), negative_conditions(frozen, states), strict=True))
-        text = modules.projector.apply({"params": frozen["projector"]}, states)
+        text = apply(modules.projector, frozen["projector"], states)
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             latents = x if guidance == 1.0 else jnp.broadcast_to(x, (2, *x.shape))
@@ -283,7 +284,7 @@ def draw_step(
     batch = latents.shape[:-3]
     pooled = jnp.broadcast_to(frozen["pooled"], (*batch, frozen["pooled"].shape[-1]))
     timestep = jnp.broadcast_to(sigma * flow.TRAIN_TIMESTEPS, batch)
-    return transformer.apply({"params": frozen["transformer"]}, latents, text, pooled, timestep, mask)
+    return apply(transformer, frozen["transformer"], latents, text, pooled, timestep, mask)
 
 
 def pixels_from_latents(latents: jax.Array) -> jax.Array:

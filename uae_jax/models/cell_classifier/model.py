@@ -45,7 +45,7 @@ class CellClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """images [..., H, W, 3] in 0..1 -> logits: shape, colour, size [..., cells, classes], background [..., classes]."""
+        """images [..., H, W, 3] in 0..1 -> logits of shape, colour, size [..., cells, c] and background [..., c]."""
         c = self.config
         x = images * 2.0 - 1.0
         for i, (features, stride) in enumerate([(c.channels // 2, 2), (c.channels, 2), (2 * c.channels, 1)]):

@@ -79,9 +79,8 @@ class Period(nn.Module):
         # The full block sees the windows of a row as one sequence; its order does not matter to attention.
         *batch, windows, slots, d = x.shape
         flat = x.reshape(*batch, windows * slots, d)
-        flat, _ = block(self.config, self.dtype, name="full")(
-            flat, angles.reshape(*batch, windows * slots, -1), frame_mask
-        )
+        flat_angles = angles.reshape(*angles.shape[:-3], windows * slots, -1)
+        flat, _ = block(self.config, self.dtype, name="full")(flat, flat_angles, frame_mask)
         return flat.reshape(x.shape), None
 
 

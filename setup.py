@@ -1,0 +1,43 @@
+"""Package definition; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
+TEST = ["pytest", "hypothesis", "ruff", "mypy", "scikit-image"]
+
+setup(
+    name="uae_jax",
+    version="0.1.0",
+    description="Unified-GRPO in JAX: unified multimodal models trained as auto-encoders whose latent is text",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["uae_jax", "uae_jax.*"]),
+    package_data={"uae_jax": ["weights/**/*"]},
+    install_requires=[
+        "jax>=0.7",
+        "flax>=0.11",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11",
+        "transformers>=5.0",
+        "tensorflow-datasets",
+        "ml-collections>=1.0",
+        "grain>=0.2.11",
+        "absl-py",
+        "ml-dtypes",
+        "numpy",
+        "pillow",
+        "rich",
+        "safetensors",
+        "tensorboardX",
+        "tokenizers",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": TEST,
+        "parity": PARITY,
+        "eval": ["scikit-image", "tensorboard"],
+    },
+)

@@ -1,0 +1,92 @@
+"""A tiny random system for tests: the shapes of the cold start with fewer layers, untrained."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import tiny, tiny_coldstart
+from uae_jax.convert import folder
+from uae_jax.data.shapes import tokenizer
+from uae_jax.models import initial
+from uae_jax.models.cell_classifier.model import CellClassifier
+from uae_jax.models.clip.model import CLIP
+from uae_jax.models.projector.model import Projector
+from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.sd3.model import SD3Transformer
+from uae_jax.stages.captioner import initial_captioner
+from uae_jax.stages.coldstart import model_config
+
+
+def louder(params, scale=3.0):
+    """Scales embeddings and heads, so that an untrained captioner is far from uniform and images matter."""
+    params["language"] = jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params["language"])
+    return params
+
+
+def write_weights(target: Path, seed: int = 0) -> Path:
+    """Writes captioner, projector, transformer, two towers and a judge; returns the folder."""
+    config = tiny_coldstart.get_config()
+    config.unlock()
+    config.models.captioner.num_hidden_layers = 2
+    config.models.captioner.vision_config.depth = 2
+    config.models.captioner.vision_config.fullatt_block_indexes = [1]
+    config.models.transformer.num_layers = 2
+    config.models.clip.text_config.num_hidden_layers = 1
+    config.models.clip.vision_config.num_hidden_layers = 1
+    keys = jax.random.split(jax.random.key(seed), 8)
+    size = config.data.image_size
+    image = jnp.zeros((1, size, size, 3))
+
+    captioner = Qwen2_5_VL(model_config(config, "captioner"))
+    params = louder(initial_captioner(keys[0], captioner, size))
+    folder.save_model(target / "captioner", captioner.config, params)
+    tokenizer.build().save(str(target / "captioner" / "tokenizer.json"))
+
+    projector = Projector(model_config(config, "projector"))
+    states = jnp.zeros((1, projector.config.in_size))
+    folder.save_model(target / "projector", projector.config, initial(projector, keys[1], states))
+
+    transformer = SD3Transformer(model_config(config, "transformer"))
+    text = jnp.zeros((1, 1, transformer.config.joint_attention_dim))
+    pooled = jnp.zeros((1, transformer.config.pooled_projection_dim))
+    params = initial(transformer, keys[2], image, text, pooled, jnp.zeros(1))
+    folder.save_model(target / "transformer", transformer.config, params)
+
+    clip = CLIP(model_config(config, "clip"))
+    for name, key in (("clip", keys[3]), ("clip_second", keys[4])):
+        params = initial(clip, key, image, jnp.zeros((1, 4), int))
+        folder.save_model(target / name, clip.config, params)
+    judge = CellClassifier(model_config(config, "judge"))
+    folder.save_model(target / "judge", judge.config, initial(judge, keys[5], image))
+    return target
+
+
+def config(weights: Path, **changes):
+    """The tiny run at test size; `changes` are dotted fields with '__' for dots."""
+    c = tiny.get_config()
+    c.unlock()
+    c.weights = str(weights)
+    c.steps = 3
+    c.data.batch_size = 2
+    c.data.held_out = 4
+    c.rl.group_size = 4
+    c.rl.max_tokens = 8
+    c.eval.enabled = False
+    c.optimizer.warmup = 0
+    for name, value in changes.items():
+        node = c
+        *parents, leaf = name.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return c.lock()
+
+
+def scenes(n: int, seed: int = 0) -> np.ndarray:
+    """Rendered images uint8 [n, 48, 48, 3]."""
+    from uae_jax.data.sources import ShapesSource
+
+    source = ShapesSource(seed, n)
+    return np.stack([source[i]["image"] for i in range(n)])
