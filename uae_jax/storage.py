@@ -1,0 +1,77 @@
+"""Writing to disk: atomic files, and the faults that a user can fix told in one line."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from uae_jax.errors import UserError
+
+_FIXABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """The operating system's words for a fault of storage, or None where `error` is something else.
+
+    Only an OSError carries a number; tensorstore tells the same in the message of a ValueError.
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            if error.errno in _FIXABLE:
+                return os.strerror(error.errno)
+        else:
+            message = str(error)
+            for number in _FIXABLE:
+                if os.strerror(number) in message:
+                    return os.strerror(number)
+        error = error.__cause__
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns a fault of storage inside the block into a UserError that names `path`; other exceptions pass.
+
+    Faults: no space, quota, file-size limit, read-only, no permission, a path that is (or lies below) a file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}; make room there or choose another --workdir") from error
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Replaces a file as a whole: a reader, or a run killed in the middle, finds the old one or the new one.
+
+    Parents are made. Raises UserError where the disk refuses; the old file then stands, and no debris.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
