@@ -72,6 +72,7 @@ class Checkpointer:
         self.directory = os.path.abspath(directory)
         self.every = every
         with storage_errors(self.directory):
+            os.makedirs(self.directory, exist_ok=True)  # orbax takes a file for a folder until the first save
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers=ocp.StandardCheckpointHandler(),
@@ -127,6 +128,8 @@ class Checkpointer:
           (state, step). Raises UserError that names each leaf whose path, shape or dtype differs, or the directory of
           a checkpoint that cannot be read.
         """
+        with storage_errors(self.directory):
+            self._manager.wait_until_finished()
         step = self._manager.latest_step()
         if step is None:
             return None

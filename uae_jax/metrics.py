@@ -64,7 +64,7 @@ class Writer:
 
     A context manager; between enter and exit a terminal shows a live panel (step, bar, the columns, time left and the
     course of the first column), anything else a plain line every fiftieth of the run. On a multi-host run only the
-    first process writes; on the others every method does nothing. A fault of storage is a UserError that names the path.
+    first process writes; on the others every method does nothing. A fault of storage is a UserError naming the path.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Writer:
             board.mkdir(parents=True, exist_ok=True)
         _keep_until(lines, resume_step or -1)
         with storage_errors(lines):
-            self._lines = open(lines, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+            self._lines = open(lines, "a", encoding="utf-8")  # noqa: SIM115
         with storage_errors(board):
             # Written in this thread: the queue of tensorboardX's own SummaryWriter blocks for ever on a full disk.
             # The suffix keeps a second writer in the same second from overwriting the file of the first.
@@ -150,7 +150,7 @@ class Writer:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with storage_errors(self.workdir / "metrics.jsonl"):
-            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            self._lines.write(json.dumps({"step": int(step), **finite}) + "\n")
             self._lines.flush()
         self._summary(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._show(step, values)
@@ -196,7 +196,7 @@ class Writer:
             self._timed = (time.monotonic(), step)
         self._step, self._latest = step, {**self._latest, **values}
         first = next(iter(self.columns))
-        if first in values:
+        if math.isfinite(values.get(first, math.nan)):
             self._curve.append(values[first])
         if not self.console.is_terminal and (step % max(1, self.total // _LINES) == 0 or step == self.total):
             cells = [f"{label} {self._cell(name):>9}" for name, (label, _) in self.columns.items()]

@@ -71,8 +71,8 @@ def grid(rows: list[list[Any]], captions: list[list[str]], headers: list[str], s
     ]
     font = ImageFont.load_default(size=_FONT)
     widths = [
-        max([_NARROWEST, *(row[column].shape[1] for row in enlarged if row[column] is not None)])
-        for column in range(len(headers))
+        max([_NARROWEST, *(cell.shape[1] for cell in column if cell is not None)])
+        for column in ([row[i] for row in enlarged] for i in range(len(headers)))
     ]
     titles = [wrap(title, font, width) for title, width in zip(headers, widths, strict=True)]
     texts = [[wrap(text, font, width) for text, width in zip(line, widths, strict=True)] for line in captions]
@@ -92,8 +92,9 @@ def grid(rows: list[list[Any]], captions: list[list[str]], headers: list[str], s
         write(titles[column], x, _PAD)
         y = top
         for row, line, tall, height in zip(enlarged, texts, pictures, heights, strict=True):
-            if row[column] is not None:
-                sheet.paste(Image.fromarray(row[column]), (x, y))
+            cell = row[column]
+            if cell is not None:
+                sheet.paste(Image.fromarray(cell), (x, y))
             write(line[column], x, y + tall + _PAD // 2)
             y += height
         x += width + _PAD

@@ -30,7 +30,8 @@ def _reason(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             if error.errno in _FIXABLE:
-                return os.strerror(error.errno)
+                # mkdir says "File exists" of a file that stands where the folder should be
+                return os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
         else:
             message = str(error)
             for number in _FIXABLE:

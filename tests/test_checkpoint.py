@@ -1,0 +1,356 @@
+"""Checkpoints under real faults: processes killed in the middle of a save, a file-size limit, a path below a file."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from uae_jax.checkpoint import Checkpointer, check_config, write_config
+from uae_jax.errors import UserError
+from uae_jax.storage import storage_errors, write_atomic
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    key: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def make_state(step=0):
+    params = {"dense": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.ones(4, jnp.bfloat16)}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    keys = jax.random.split(jax.random.key(7), 2)
+    return State(jnp.int32(step), keys, params, optimizer.init(params))
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def words(tree):
+    """Keys as their words, so that trees compare."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(words(found)), jax.tree.leaves(words(expected)), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), str(path))
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_types(tmp_path):
+    state = make_state(4)
+    with Checkpointer(tmp_path, every=2) as saver:
+        assert saver.restore_latest(abstract(state)) is None
+        assert saver.save(4, state)
+    with Checkpointer(tmp_path, every=2) as saver:
+        restored, step = saver.restore_latest(abstract(state))
+    assert step == 4 and isinstance(restored, State) and restored.key.dtype == state.key.dtype
+    assert_same(restored, state)
+    assert jax.random.uniform(restored.key[1]) == jax.random.uniform(state.key[1])
+
+
+def test_saves_fall_on_multiples_or_are_forced_and_never_twice(tmp_path):
+    with Checkpointer(tmp_path, every=3) as saver:
+        started = [saver.save(step, make_state(step)) for step in range(1, 8)]
+        assert started == [False, False, True, False, False, True, False]
+        assert saver.save(7, make_state(7), force=True)
+        assert not saver.save(7, make_state(99), force=True) and not saver.save(6, make_state(99))
+    with Checkpointer(tmp_path, every=3) as saver:
+        assert not saver.save(7, make_state(99), force=True)
+        restored, step = saver.restore_latest(abstract(make_state()))
+        assert step == 7 and restored.step == 7
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit())
+    assert kept == ["6", "7"]  # keep=2
+
+
+def test_arrays_land_on_the_shardings_asked_for(tmp_path):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    state = make_state()
+    with Checkpointer(tmp_path, every=1) as saver:
+        saver.save(0, state)
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*["fsdp"][: x.ndim]))),
+            state,
+        )
+        restored, _ = saver.restore_latest(wanted)
+    assert_same(restored, state)
+    for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim) and leaf.sharding.mesh == mesh
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.replace(step=jnp.zeros(2, jnp.int32)), "step is int32[] there, int32[2] here"),
+        (lambda s: s.replace(step=jnp.float32(0)), "step is int32[] there, float32[] here"),
+        (lambda s: s.replace(params={}), "params/dense/bias is bfloat16[4] there, nothing here"),
+        (lambda s: s.replace(params={**s.params, "x": jnp.ones(1)}), "params/x is nothing there, float32[1] here"),
+        (lambda s: s.replace(key=jax.random.split(jax.random.key(0, impl="rbg"))), "key is uint32[2, 2] there"),
+    ],
+)
+def test_a_leaf_that_does_not_fit_is_named(tmp_path, change, said):
+    with Checkpointer(tmp_path, every=1) as saver:
+        saver.save(5, make_state())
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
+            saver.restore_latest(abstract(change(make_state())))
+    assert f"{tmp_path}/5" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
+    with Checkpointer(tmp_path, every=1) as saver:
+        for step in (1, 2):
+            saver.save(step, make_state(step))
+    for path in (tmp_path / "2").rglob("*"):
+        if path.parent.name == "d":
+            path.write_bytes(b"")
+    with Checkpointer(tmp_path, every=1) as saver, pytest.raises(UserError, match=f"checkpoint {tmp_path}/2 cannot be"):
+        saver.restore_latest(abstract(make_state()))
+    shutil.rmtree(tmp_path / "2")
+    with Checkpointer(tmp_path, every=1) as saver:
+        assert saver.restore_latest(abstract(make_state()))[1] == 1
+
+
+def test_the_log_of_orbax_is_silent_and_that_of_others_is_not(tmp_path):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.INFO)
+        with Checkpointer(tmp_path, every=1) as saver:
+            saver.save(1, make_state())
+        logger.warning("someone else's")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+    assert [record.getMessage() for record in records] == ["someone else's"]
+
+
+# ---- processes that die. `forkserver` imports jax once for all of them.
+
+
+LEAVES, SIZE = 6, 400_000  # 1.6 MB a leaf of noise: a save takes long enough to be hit
+
+
+def noise(step):
+    """The state at `step`: every leaf is a function of it."""
+    rng = np.random.default_rng(step)
+    return {"step": np.int32(step), **{f"w{i}": rng.standard_normal(SIZE, np.float32) for i in range(LEAVES)}}
+
+
+def checksum(state):
+    return [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+
+
+def save_for_ever(directory, pipe):
+    """Resumes, then saves at every step, donating each state to the next update as training does; two devices."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    spread = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
+    whole = NamedSharding(spread.mesh, P())
+    place = lambda state: {k: jax.device_put(v, spread if v.ndim else whole) for k, v in state.items()}  # noqa: E731
+    update = jax.jit(lambda state, new: jax.tree.map(lambda a, b: a * 0 + b, state, new), donate_argnums=0)
+    with Checkpointer(directory, every=1) as saver:
+        state = place(noise(0))
+        restored = saver.restore_latest(abstract(state))
+        first = 0 if restored is None else restored[1]
+        pipe.send(("started", first, len(jax.devices())))
+        for step in range(first + 1, first + 1000):
+            state = update(state, place(noise(step)))
+            saver.save(step, state)
+
+
+def save_until_full(directory, pipe):
+    """One good save; then files may not grow beyond 64 KiB, as on a full disk."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with Checkpointer(directory, every=1) as saver:
+        saver.save(1, noise(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    for surfaces in ("close", "save"):
+        try:
+            with Checkpointer(directory, every=1) as saver:
+                saver.save(2, noise(2))
+                if surfaces == "save":
+                    time.sleep(1.0)  # the save behind the training has failed by now
+                    saver.save(3, noise(3))
+                    pipe.send("a failed save was not told by the next one")
+            pipe.send("no error")
+        except UserError as error:
+            pipe.send(f"{surfaces}: {error}")
+    with Checkpointer(directory, every=1) as saver:
+        state, step = saver.restore_latest(abstract(jax.tree.map(jnp.asarray, noise(0))))
+        pipe.send((step, checksum(state)))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jax", "orbax.checkpoint", "uae_jax.checkpoint", "optax", "pytest"])
+    return context
+
+
+def start(context, target, directory):
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(str(directory), theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def receive(pipe):
+    assert pipe.poll(60), "no word from the process"
+    return pipe.recv()
+
+
+def complete(directory):
+    return max((int(path.name) for path in directory.iterdir() if path.name.isdigit()), default=0)
+
+
+def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes):
+    kills = int(os.environ.get("UAE_TEST_KILLS", "3"))
+    wanted = abstract(jax.tree.map(jnp.asarray, noise(0)))
+    rng, halves, reached = np.random.default_rng(), 0, 0
+    for _ in range(kills):
+        process, pipe = start(processes, save_for_ever, tmp_path)
+        assert receive(pipe) == ("started", reached, 2)
+        deadline = time.monotonic() + 60
+        while complete(tmp_path) < reached + 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        halves += any("tmp" in path.name for path in tmp_path.iterdir())
+        reached_before, reached = reached, complete(tmp_path)
+        assert reached >= reached_before + 2
+        # Written on two devices, read on one.
+        with Checkpointer(tmp_path, every=1) as saver:
+            state, step = saver.restore_latest(wanted)
+        assert step == reached and state["step"] == step
+        assert checksum(state) == checksum(noise(step))
+    assert halves > 0, "no kill fell into a save: the test tests nothing"
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stands(tmp_path, processes):
+    process, pipe = start(processes, save_until_full, tmp_path)
+    said = f"cannot write {tmp_path}: File too large; make room there or choose another --workdir"
+    assert [receive(pipe), receive(pipe)] == [f"close: {said}", f"save: {said}"]
+    assert receive(pipe) == (1, checksum(noise(1)))
+    process.join()
+
+
+# ---- storage and config
+
+
+def test_a_directory_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "checkpoints"):
+        with pytest.raises(UserError, match=f"cannot write {path}: Not a directory"):
+            Checkpointer(path, every=1)
+
+
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR]
+)
+def test_faults_of_storage_are_told_in_one_line(code):
+    tensorstore = ValueError(
+        f"UNKNOWN: Error writing \"w/0\": Failed to write: {os.strerror(code)} [os_error_code='1']"
+    )
+    wrapped = RuntimeError("save failed")
+    wrapped.__cause__ = OSError(code, os.strerror(code))
+    for error in (OSError(code, os.strerror(code)), tensorstore, wrapped):
+        with pytest.raises(UserError) as caught, storage_errors("/runs/a"):
+            raise error
+        assert str(caught.value).startswith(f"cannot write /runs/a: {os.strerror(code)};")
+
+
+def test_other_errors_pass():
+    for error in (ValueError("a bug"), OSError(errno.EINVAL, "Invalid argument"), UserError("known"), KeyError("x")):
+        with pytest.raises(type(error)) as caught, storage_errors("/runs/a"):
+            raise error
+        assert caught.value is error
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a", b"old")
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=f"cannot write {tmp_path}/a: No space"):
+            write_atomic(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+    write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+CONFIG = {
+    "steps": 10,
+    "stepsize": 1,
+    "rl": {"beta": 0.1, "clip": (0.2, 0.3)},
+    "eval": {"every": 5, "n": 3},
+    "name": None,
+}
+
+
+def test_the_same_config_passes_and_so_does_what_may_differ(tmp_path):
+    check_config(tmp_path / "new", CONFIG)
+    write_config(tmp_path / "new", CONFIG)
+    check_config(tmp_path / "new", CONFIG)
+    changed = {**CONFIG, "steps": 20, "eval": {"every": 1}}
+    check_config(tmp_path / "new", changed, ("steps", "eval"))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["rl"] == {"beta": 0.1, "clip": [0.2, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rl": {"beta": 0.2, "clip": (0.2, 0.3)}}, "rl.beta was 0.1, now 0.2"),
+        ({"rl": {"beta": 0.1, "clip": (0.2, 0.4)}}, "rl.clip was [0.2, 0.3], now [0.2, 0.4]"),
+        ({"extra": 1}, "extra was '(absent)', now 1"),
+        ({"eval": {"every": 5}}, "eval.n was 3, now '(absent)'"),
+        ({"stepsize": 2}, "stepsize was 1, now 2"),  # 'steps' may differ, 'stepsize' may not
+    ],
+)
+def test_another_config_is_refused_with_both_values_and_the_remedy(tmp_path, change, said):
+    write_config(tmp_path, CONFIG)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        check_config(tmp_path, {**CONFIG, **change}, ("steps", "eval.every"))
+    assert str(tmp_path) in str(caught.value) and "another --workdir, or remove it" in str(caught.value)
+
+
+def test_many_differences_are_counted(tmp_path):
+    write_config(tmp_path, dict.fromkeys("abcde", 0))
+    with pytest.raises(UserError, match="a was 0, now 1; b was 0, now 1; c was 0, now 1; and 2 more"):
+        check_config(tmp_path, dict.fromkeys("abcde", 1))
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": 1')
+    with pytest.raises(UserError, match=r"config\.json is not a configuration"):
+        check_config(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="Not a directory"):
+        check_config(tmp_path / "config.json", CONFIG)
