@@ -19,7 +19,7 @@ from uae_jax.stages.captioner import initial_captioner
 from uae_jax.stages.coldstart import model_config
 
 
-def louder(params, scale=3.0):
+def louder(params, scale=2.0):
     """Scales embeddings and heads, so that an untrained captioner is far from uniform and images matter."""
     params["language"] = jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params["language"])
     return params
@@ -73,6 +73,7 @@ def config(weights: Path, **changes):
     c.data.held_out = 4
     c.rl.group_size = 4
     c.rl.max_tokens = 8
+    c.rl.malformed = "keep"  # all that an untrained captioner writes is malformed
     c.eval.enabled = False
     c.optimizer.warmup = 0
     for name, value in changes.items():

@@ -38,7 +38,7 @@ def default() -> ConfigDict:
     c.prompt = ConfigDict()
     c.prompt.caption = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>"  # before the caption; asks for it
     c.prompt.redraw_prefix = "<|im_start|>"  # round the caption when it is read again as text alone
-    c.prompt.redraw_suffix = "<|im_end|>"
+    c.prompt.redraw_suffix = "<|im_end|>"  # ... and after it
     c.prompt.negative = ""  # caption of the unconditional branch of guidance
 
     c.rl = ConfigDict()
@@ -100,10 +100,10 @@ def optimizer(name: str, learning_rate: float, warmup: int = 0, decay: bool = Fa
     """An optimizer's fields."""
     c = ConfigDict()
     c.name = name  # adamw, or muon (for matrices; the rest gets adamw at a tenth of the rate)
-    c.learning_rate = learning_rate
+    c.learning_rate = learning_rate  # the highest, after the warm-up
     c.warmup = warmup  # steps of linear warm-up
     c.decay = decay  # cosine decay to zero over the stage's steps; False: constant (resumable to more steps)
-    c.weight_decay = weight_decay
+    c.weight_decay = weight_decay  # decoupled, times the learning rate (muon: of matrices only)
     c.b1, c.b2 = 0.9, 0.99  # Adam's moments
     c.max_grad_norm = 1.0  # gradients are scaled down to this global norm
     return c
@@ -147,14 +147,20 @@ def validate(c: ConfigDict) -> None:
     for field in ("batch_size", "image_size", "held_out", "max_objects"):
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
+    _require(rl.advantage_eps >= 0, "rl.advantage_eps", rl.advantage_eps, "must not be negative")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
+    _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
+    _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
+    _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
     _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
     _require(
         c.optimizer.learning_rate >= 0, "optimizer.learning_rate", c.optimizer.learning_rate, "must not be negative"
     )
+    _require(c.optimizer.warmup >= 0, "optimizer.warmup", c.optimizer.warmup, "must not be negative")
+    _require(c.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", c.optimizer.max_grad_norm, "must be above 0")
     _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
     _require(
         c.data.batch_size % rl.microbatches == 0,

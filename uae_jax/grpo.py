@@ -71,7 +71,8 @@ def log_ratio(new: jax.Array, old: jax.Array) -> jax.Array:
 def k3(new: jax.Array, ref: jax.Array) -> jax.Array:
     """Schulman's low-variance estimate of KL(new || ref) for actions drawn from `new`; never negative."""
     difference = log_ratio(ref, new)
-    return jnp.exp(difference) - difference - 1.0
+    # expm1: in float32, exp(d) - d - 1 loses the small d of a policy near its reference and falls below 0.
+    return jnp.maximum(jnp.expm1(difference) - difference, 0.0)
 
 
 class Loss(NamedTuple):

@@ -23,6 +23,7 @@ def normalised(images: jax.Array, size: int) -> jax.Array:
     """Images [..., H, W, 3] in 0..1 -> [..., size, size, 3], resized and normalised for CLIP."""
     if images.shape[-3:-1] != (size, size):
         images = jax.image.resize(images, (*images.shape[:-3], size, size, 3), "cubic", antialias=True)
+        images = jnp.clip(images, 0.0, 1.0)  # a cubic overshoots at edges; the 8-bit pixels CLIP was trained on cannot
     return (images - CLIP_MEAN) / CLIP_STD
 
 
@@ -56,7 +57,12 @@ def similarities(towers: Towers, params: Any, images: jax.Array, redrawn: jax.Ar
       {tower: [b, g]}, not clamped and not rescaled.
     """
     return {
-        name: jnp.einsum("bd,bgd->bg", features(params[name], images), features(params[name], redrawn))
+        name: jnp.einsum(
+            "bd,bgd->bg",
+            features(params[name], images),
+            features(params[name], redrawn),
+            precision=jax.lax.Precision.HIGHEST,  # samples of a group differ by little; a TPU defaults to bfloat16
+        )
         for name, features in towers.items()
     }
 

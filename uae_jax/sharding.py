@@ -31,7 +31,8 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     wildcards = [i for i, size in enumerate(sizes) if size == -1]
     known = math.prod(size for size in sizes if size != -1)
     described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if len(wildcards) > 1 or known < 1 or len(devices) % known or (not wildcards and known != len(devices)):
+    misfit = len(wildcards) > 1 or known < 1 or len(devices) % known or (not wildcards and known != len(devices))
+    if misfit or min(sizes) < -1:
         raise UserError(
             f"config.mesh ({described}) does not fit {len(devices)} devices: the axes must multiply to that"
         )

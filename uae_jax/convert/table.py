@@ -58,6 +58,17 @@ def flat_names(names: Names) -> list[str]:
     return [names] if isinstance(names, str) else [leaf for name in names for leaf in flat_names(name)]
 
 
+def param_shape(entry: Entry) -> tuple[int, ...]:
+    """Shape of a parameter in our tree: stacking axes, then its tensor's shape as transformed."""
+    stacked: list[int] = []
+    names = entry.names
+    while not isinstance(names, str):
+        stacked.append(len(names))
+        names = names[0]
+    view = np.broadcast_to(np.float32(0), entry.shape)  # takes no memory
+    return (*stacked, *entry.transform.to_jax(view).shape)
+
+
 def load(table: list[Entry], tensors: Mapping[str, np.ndarray], where: str = "checkpoint") -> Params:
     """Builds the parameter tree of `table` from `tensors` (any lazy mapping of arrays).
 
@@ -92,15 +103,19 @@ def save(table: list[Entry], params: Params) -> dict[str, np.ndarray]:
     """Inverse of `load`: the checkpoint's tensors, contiguous, under their names.
 
     Raises:
-      UserError: the tree and the table do not hold the same paths.
+      UserError: lists every parameter that is missing, unexpected or of the wrong shape.
     """
     flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
-    known = {entry.path for entry in table}
-    if flat.keys() != known:
-        raise UserError(
-            f"parameters do not fit the table: missing {sorted(known - flat.keys())}, "
-            f"unexpected {sorted(flat.keys() - known)}"
-        )
+    shapes = {entry.path: param_shape(entry) for entry in table}
+    problems = [f"missing: {path} {shapes[path]}" for path in shapes if path not in flat]
+    problems += [f"unexpected: {path} {value.shape}" for path, value in flat.items() if path not in shapes]
+    problems += [
+        f"shape of {path}: expected {shape}, found {flat[path].shape}"
+        for path, shape in shapes.items()
+        if path in flat and flat[path].shape != shape
+    ]
+    if problems:
+        raise UserError("parameters do not fit the table: " + "; ".join(sorted(problems)))
 
     def unstack(names: Names, value: np.ndarray, entry: Entry) -> Iterable[tuple[str, np.ndarray]]:
         if isinstance(names, str):

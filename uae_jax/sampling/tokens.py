@@ -116,7 +116,7 @@ def log_probs(
     temperature: float,
     chunk: int,
 ) -> jax.Array:
-    """Log-probability of each action from the hidden state before it, [..., t] in float32.
+    """Log-probability of each action from the hidden state before it, [..., t] in float32; 0 if it is not allowed.
 
     The vocabulary head runs inside a rematerialised scan over `chunk` tokens at a time: logits of the whole sequence
     [..., t, v] never exist, neither forward nor backward.

@@ -48,7 +48,12 @@ class Projector(nn.Module):
         if self.config.whiten:
             mean = self.param("mean", nn.initializers.zeros, (size,))
             matrix = self.param("matrix", lambda key, shape: jnp.eye(*shape), (size, size))
-            hidden = (hidden.astype(jnp.float32) - jax.lax.stop_gradient(mean)) @ jax.lax.stop_gradient(matrix)
+            # At a TPU's default precision (bfloat16) the directions of tiny variance would drown in rounding errors.
+            hidden = jnp.matmul(
+                hidden.astype(jnp.float32) - jax.lax.stop_gradient(mean),
+                jax.lax.stop_gradient(matrix),
+                precision=jax.lax.Precision.HIGHEST,
+            )
         hidden = nn.gelu(
             nn.Dense(self.config.hidden_size, dtype=self.dtype, name="linear_1")(hidden), approximate=False
         )
