@@ -64,7 +64,9 @@ def ours():
 
     ratio, kl, advantage, weight, beta = jnp.asarray(CASES, jnp.float32).T
     new = OLD + ratio
-    return [np.asarray(x) for x in jax.jit(jax.vmap(one))(new, jnp.full_like(new, OLD), new + kl, advantage, weight, beta)]
+    return [
+        np.asarray(x) for x in jax.jit(jax.vmap(one))(new, jnp.full_like(new, OLD), new + kl, advantage, weight, beta)
+    ]
 
 
 def test_loss_matches_numpy_case_by_case():
@@ -86,9 +88,7 @@ def test_gradient_matches_central_differences():
 
 
 def test_gradient_is_cut_exactly_where_the_clip_says():
-    gradient = {
-        (r, a): g for (r, d, a, w, b), g in zip(CASES, ours()[3], strict=True) if (d, w, b) == (0.0, 0.5, 0.0)
-    }
+    gradient = {(r, a): g for (r, d, a, w, b), g in zip(CASES, ours()[3], strict=True) if (d, w, b) == (0.0, 0.5, 0.0)}
     for (r, a), g in gradient.items():
         acts = a != 0 and abs(r) < 20 and (r < np.log(1.4) if a > 0 else r > np.log(0.9))
         assert (g != 0) == acts, (r, a)
@@ -98,14 +98,13 @@ def test_gradient_is_cut_exactly_where_the_clip_says():
 
 def test_gradient_flows_through_new_alone():
     x = jax.random.normal(jax.random.key(0), (4, 2, 3, 5)) * 0.2
-    gradients = jax.grad(
-        lambda new, old, ref, advantage, weights: grpo.loss(
-            new, old, ref, advantage, weights, **CLIP, beta=0.3
-        ).loss,
-        argnums=(0, 1, 2, 3),
-    )(x[0], x[1], x[2], x[3, ..., 0], jnp.ones((2, 3, 5)))
+
+    def total(new, old, ref, advantage, weights):
+        return grpo.loss(new, old, ref, advantage, weights, **CLIP, beta=0.3).loss
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*np.asarray(x[:3]), x[3, ..., 0], jnp.ones((2, 3, 5)))
     assert jnp.abs(gradients[0]).min() > 0
-    assert all(not g.any() for g in gradients[1:])
+    assert not any(g.any() for g in gradients[1:])
 
 
 def test_actions_without_weight_may_hold_anything_finite():
@@ -206,12 +205,12 @@ def test_unknown_normaliser():
 def test_microbatches_add_up_to_the_batch(normaliser):
     """Loss, metrics and gradient with respect to shared parameters, for unequal lengths in the parts."""
     mask = jnp.asarray(draw_mask())
-    keys = jax.random.split(jax.random.key(0), 4)
-    features = jax.random.normal(keys[0], (*mask.shape, 2))
-    old, ref = jax.random.normal(keys[1], (2, *mask.shape)) * 0.3
-    advantage = jax.random.normal(keys[2], mask.shape[:2])
-    weights = grpo.action_weights(mask, normaliser)
-    w = jnp.array([0.2, -0.3])
+    rng = np.random.default_rng(0)
+    features, advantage = (rng.normal(size=(*mask.shape[:n], n)).astype(np.float32) for n in (3, 2))
+    advantage = advantage[..., 0]
+    old, ref = rng.normal(size=(2, *mask.shape)).astype(np.float32) * 0.3
+    weights = np.asarray(grpo.action_weights(mask, normaliser))
+    w = np.array([0.2, -0.3, 0.1], np.float32)
 
     @jax.jit
     def run(*part):
@@ -317,16 +316,16 @@ def test_advantages_are_centred_ordered_and_independent_of_neighbours(rewards):
 
 def test_no_nan_reaches_the_loss():
     """A NaN reward, through advantage and mask, as the step does it."""
-    rewards = jnp.array([[0.2, jnp.nan, 0.6], [jnp.nan, jnp.inf, jnp.nan]])
-    valid = jnp.isfinite(rewards)
-    advantage, _ = grpo.advantages(rewards, valid)
-    mask = jnp.ones((2, 3, 4), bool) & valid[..., None]
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    rewards = np.array([[0.2, np.nan, 0.6], [np.nan, np.inf, np.nan]], np.float32)
+    valid = np.isfinite(rewards)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 
-    def total(new):
-        weights = grpo.action_weights(mask, "sequence")
+    def total(new, rewards):
+        valid = jnp.isfinite(rewards)
+        advantage, _ = grpo.advantages(rewards, valid)
+        weights = grpo.action_weights(jnp.ones((2, 3, 4), bool) & valid[..., None], "sequence")
         return grpo.loss(new, x, x, advantage, weights, **CLIP, beta=0.1).loss
 
-    value, gradient = jax.value_and_grad(total)(x + 0.01)
-    assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
+    value, gradient = jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(total))(x + 0.01, rewards))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
     assert not gradient[~valid].any() and gradient[0, 0].all()

@@ -59,6 +59,11 @@ def _show(leaf: Any) -> str:
     return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
+def abstract(state: Any) -> Any:
+    """What a checkpoint restores into: shape, type and place of every array."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
 class Checkpointer:
     """Saves a pytree of arrays every `every` steps, keeps the newest `keep`, restores the newest complete one.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import checkpoint, sharding, storage
@@ -76,7 +75,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
     state = sharding.place(program.state, mesh)
     frozen = sharding.place(program.frozen, mesh)
     with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
-        restored = saver.restore_latest(jax.tree.map(abstract, state))
+        restored = saver.restore_latest(checkpoint.abstract(state))
         if restored is not None:
             state, _ = restored
         first = int(state.step)
@@ -101,9 +100,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                 writer.write(at, metrics)
                 over = 0 < 60 * config.stop_after_minutes < now - began
                 stop = at < program.steps and (bool(stopped) or over)
-                # A copy, since the step donates its state while an asynchronous save may still read it.
-                if stop or at == program.steps or at % config.checkpoint.every == 0:
-                    saver.save(at, jax.tree.map(jnp.copy, state), force=True)
+                saver.save(at, state, force=stop or at == program.steps)
                 if stop:
                     writer.message(f"stopped at step {at} of {program.steps}; the same command continues")
                     return False
@@ -113,11 +110,6 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             # ---- what it came to
             program.finish(state, writer)
     return True
-
-
-def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a checkpoint restores into: shape, type and place of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 @contextmanager

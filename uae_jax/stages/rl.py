@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from uae_jax import optimizers, pictures, rewards, step, storage, system
 from uae_jax.bench.held_out import Evaluator, Results
@@ -29,12 +30,24 @@ COLUMNS = {
 }
 
 
+HEADLINES = (
+    "reward",
+    "reward_second_tower",
+    "reward_ceiling",
+    "caption_length",
+    "caption_recall",
+    "caption_precision",
+    "caption_malformed",
+    "perception",
+    "redraw_accuracy",
+)
+
+
 def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program."""
     built = system.load(config, mesh)
     train, images, scenes = load_data(config)
-    params = {"encoder": system.trainable(built.frozen["start"], config.trainable)}
-    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
+    state, optimizer = start(config, built)
     run_step = step.make_step(
         config,
         built.family(config, mesh),
@@ -64,7 +77,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         writer.table("held-out comparison", ["", "before", "after"], comparison(results))
 
     return Program(
-        state=State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)),
+        state=state,
         frozen=built.frozen,
         step=run_step,
         batches=train,
@@ -73,6 +86,13 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         evaluate=evaluate,
         finish=finish,
     )
+
+
+def start(config: Any, built: system.System) -> tuple[State, optax.GradientTransformation]:
+    """The state before the first update, and the optimizer it belongs to."""
+    params = {"encoder": system.trainable(built.frozen["start"], config.trainable)}
+    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
+    return State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)), optimizer
 
 
 def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
@@ -144,8 +164,14 @@ def comparison(results: dict[str, Results]) -> list[list[str]]:
             for name, value in tree.items():
                 flat |= flatten(value, f"{prefix}{name} / " if isinstance(value, dict) else f"{prefix}{name}")
             return flat
-        return {prefix: tree} if isinstance(tree, int | float) else {}
+        return {prefix: tree} if isinstance(tree, float) else {}
 
     columns = [flatten(results.get(when, {})) for when in ("before", "after")]
-    names = list(dict.fromkeys([*columns[0], *columns[1]]))
-    return [[name, *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names if name != "images"]
+    # The reward and what must be read beside it first, then details in groups.
+    names = sorted(dict.fromkeys([*columns[0], *columns[1]]), key=lambda name: (name.count("/"), order(name)))
+    return [[name, *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names]
+
+
+def order(name: str) -> tuple[int, str]:
+    """Sorts headlines as they are listed and everything else by name."""
+    return (HEADLINES.index(name) if name in HEADLINES else len(HEADLINES), name)

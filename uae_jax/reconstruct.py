@@ -1,0 +1,102 @@
+"""Captions and redraws image files: `python -m uae_jax.reconstruct --workdir=DIR IMAGE...`.
+
+Prints each caption with its scores and writes a side-by-side picture (--out, by default workdir/reconstructions.png).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from uae_jax import runtime
+from uae_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", "", "of a training run: its config and newest checkpoint are used", flag_values=FLAGS)
+flags.DEFINE_string("out", "", "the picture to write; workdir/reconstructions.png by default", flag_values=FLAGS)
+
+
+def load_config(workdir: Path) -> Any:
+    """The config that a run has left in its workdir.
+
+    Raises:
+      UserError: there is none.
+    """
+    from ml_collections import ConfigDict
+
+    path = workdir / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir: {path} cannot be read ({error}): name the workdir of an rl run") from None
+
+
+def reconstruct(workdir: Path, paths: list[str], out: Path) -> None:
+    """Captions, redraws and scores `paths` with the newest weights of a run.
+
+    Raises:
+      UserError: no run in `workdir`, or no usable image.
+    """
+    import jax
+    import numpy as np
+
+    from uae_jax import checkpoint, pictures, sharding, storage, system
+    from uae_jax.bench.held_out import Evaluator
+    from uae_jax.data import images
+    from uae_jax.data.text import decode_captions
+    from uae_jax.stages import rl
+
+    config = load_config(workdir)
+    usable, arrays = [], []
+    for path in paths:
+        try:
+            arrays.append(images.fit(images.load_image(path), config.data.image_size))
+            usable.append(path)
+        except images.BadImage as error:
+            print(f"skipped {error}", file=sys.stderr)
+    if not usable:
+        raise UserError(f"none of the {len(paths)} files is a usable image")
+    config.eval.batch_size = len(jax.devices()) * -(-len(usable) // len(jax.devices()))
+    config.mesh = {"data": -1, "fsdp": 1}
+    mesh = sharding.make_mesh(config)
+    built = system.load(config, mesh)
+    state, _ = rl.start(config, built)
+    step = 0
+    if (workdir / "checkpoints").is_dir():
+        with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
+            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
+        if restored is not None:
+            state, step = restored
+    evaluator = Evaluator(config, built, mesh, np.stack(arrays))
+    tokens, mask, _ = evaluator.write(state.params)
+    drawn = evaluator.draw(state.params, tokens, mask)
+    rows, captions = [], []
+    print(f"weights of step {step}")
+    for i, text in enumerate(decode_captions(built.tokenizer, tokens, mask)):
+        scores = "  ".join(f"{name} {values[i]:.3f}" for name, values in drawn["towers"].items())
+        print(f"{usable[i]}\n  {text}\n  {scores}")
+        rows.append([arrays[i], drawn["image"][i]])
+        captions.append([Path(usable[i]).name, f"{scores}  {text}"])
+    sheet = pictures.grid(rows, captions, ["source", "redrawn"], scale=max(1, 192 // config.data.image_size))
+    with storage.storage_errors(out):
+        pictures.save_png(out, sheet)
+    print(f"wrote {out}")
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and reconstructs."""
+    try:
+        paths = FLAGS(arguments)[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not FLAGS.workdir or not paths:
+        raise UserError("usage: python -m uae_jax.reconstruct --workdir=DIR IMAGE...")
+    runtime.prepare()
+    workdir = Path(FLAGS.workdir)
+    reconstruct(workdir, paths, Path(FLAGS.out or workdir / "reconstructions.png"))
+
+
+if __name__ == "__main__":
+    runtime.run(main, sys.argv)
