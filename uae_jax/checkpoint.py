@@ -116,7 +116,8 @@ class Checkpointer:
           Whether a save was started.
         """
         with storage_errors(self.directory):
-            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # returns at once, and raises what the last save met
             if (step % self.every and not force) or step in self._manager.all_steps():
                 return False
             arrays = {name: jax.random.key_data(x) if _is_key(x) else x for name, x in _named(state).items()}
