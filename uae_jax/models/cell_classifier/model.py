@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from uae_jax.convert.table import CONV2D, LINEAR, Entry
+from uae_jax.errors import UserError
+from uae_jax.models.dense import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,10 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
-        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+        try:
+            return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+        except KeyError as error:
+            raise UserError(f"the judge's config.json lacks {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
         return {"architectures": ["CellClassifier"], **dataclasses.asdict(self)}
@@ -53,10 +58,10 @@ class CellClassifier(nn.Module):
         *batch, height, width, channels = x.shape
         x = x.reshape(*batch, c.grid, height // c.grid, c.grid, width // c.grid, channels)
         x = jnp.moveaxis(x, -4, -3).reshape(*batch, c.grid**2, -1)
-        x = nn.gelu(nn.Dense(2 * c.channels, name="cell")(x))
-        logits = nn.Dense(sum(c.outputs.values()), name="attributes")(x)
+        x = nn.gelu(Dense(2 * c.channels, name="cell")(x))
+        logits = Dense(sum(c.outputs.values()), name="attributes")(x)
         splits = jnp.split(logits, [c.shapes, c.shapes + c.colours], axis=-1)
-        background = nn.Dense(c.backgrounds, name="background")(x.mean(-2))
+        background = Dense(c.backgrounds, name="background")(x.mean(-2))
         return dict(zip(c.outputs, splits, strict=True)) | {"background": background}
 
 

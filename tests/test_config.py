@@ -1,0 +1,170 @@
+"""Config: every rule names its field, every field is documented, and nothing can be misspelt."""
+
+import ast
+import inspect
+import traceback
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny, tiny_coldstart
+from uae_jax import config as base
+from uae_jax.errors import UserError
+
+# What is wrong, and the field that the message must name.
+WRONG = [
+    ({"stage": "rll"}, "stage"),
+    ({"stage": "tower,"}, "stage"),
+    ({"train": "decoder"}, "train"),
+    ({"condition_source": "image"}, "condition_source"),
+    ({"text_encoder": "thawed"}, "text_encoder"),
+    ({"dtype": "float16"}, "dtype"),
+    ({"steps": -1}, "steps"),
+    ({"trainable": "language/(.*"}, "trainable"),
+    ({"reward": ConfigDict()}, "reward"),
+    ({"rl.normaliser": "batch"}, "rl.normaliser"),
+    ({"rl.truncated": "drop"}, "rl.truncated"),
+    ({"rl.malformed": "mask"}, "rl.malformed"),
+    ({"rl.group_size": 1}, "rl.group_size"),
+    ({"rl.temperature": 0.0}, "rl.temperature"),
+    ({"rl.clip_low": 0.0}, "rl.clip_low"),
+    ({"rl.clip_low": 1.0}, "rl.clip_low"),
+    ({"rl.clip_high": 0.0}, "rl.clip_high"),
+    ({"rl.beta": -0.1}, "rl.beta"),
+    ({"rl.advantage_eps": -1e-4}, "rl.advantage_eps"),
+    ({"rl.max_tokens": 0}, "rl.max_tokens"),
+    ({"rl.inner_epochs": 0}, "rl.inner_epochs"),
+    ({"rl.microbatches": 0}, "rl.microbatches"),
+    ({"rl.microbatches": 3}, "rl.microbatches"),
+    ({"rl.logit_chunk": 0}, "rl.logit_chunk"),
+    ({"redraw.spacing": "karras"}, "redraw.spacing"),
+    ({"redraw.prediction": "noise"}, "redraw.prediction"),
+    ({"redraw.steps": 0}, "redraw.steps"),
+    ({"redraw.shift": 0.0}, "redraw.shift"),
+    ({"data.source": "imagenet"}, "data.source"),
+    ({"data.source": "folder"}, "data.path"),
+    ({"data.batch_size": 0}, "data.batch_size"),
+    ({"data.image_size": 0}, "data.image_size"),
+    ({"data.held_out": 0}, "data.held_out"),
+    ({"data.max_objects": 0}, "data.max_objects"),
+    ({"data.max_objects": 5}, "data.max_objects"),
+    ({"eval.batch_size": 0}, "eval.batch_size"),
+    ({"eval.every": -1}, "eval.every"),
+    ({"eval.temperature": -0.5}, "eval.temperature"),
+    ({"checkpoint.every": 0}, "checkpoint.every"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep"),
+    ({"optimizer.name": "sgd"}, "optimizer.name"),
+    ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
+    ({"optimizer.warmup": -1}, "optimizer.warmup"),
+    ({"optimizer.max_grad_norm": 0.0}, "optimizer.max_grad_norm"),
+]
+RIGHT = [
+    {"stage": " tower, captioner ,decoder,rl"},
+    {"steps": 0},
+    {"rl.beta": 0.0},
+    {"rl.advantage_eps": 0.0},
+    {"rl.microbatches": 4},
+    {"rl.clip_high": 3.0},
+    {"eval.every": 0},
+    {"data.source": "folder", "data.path": "/pictures"},
+    {"optimizer.learning_rate": 0.0},
+]
+
+
+def changed(changes) -> ConfigDict:
+    c = base.default()
+    with c.unlocked():
+        for field, value in changes.items():
+            *parents, leaf = field.split(".")
+            node = c
+            for parent in parents:
+                node = node[parent]
+            if isinstance(value, ConfigDict):
+                del node[leaf]
+            node[leaf] = value
+    return c
+
+
+def failure(changes) -> tuple[str, set[int]]:
+    """The message, and the lines of `validate` that the error passed through."""
+    with pytest.raises(UserError) as caught:
+        base.validate(changed(changes))
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    return str(caught.value), {frame.lineno for frame in frames if frame.name == "validate"}
+
+
+@pytest.mark.parametrize("changes, field", WRONG, ids=lambda x: str(x))
+def test_a_wrong_value_is_named_with_its_remedy(changes, field):
+    message, _ = failure(changes)
+    value = list(changes.values())[-1]
+    shown = "''" if field in ("data.path",) or value == "tower," else "{}" if field == "reward" else repr(value)
+    assert message.startswith(f"config.{field} = {shown}") and "\n" not in message
+    assert len(message.split(": ", 1)[1].split()) > 1
+
+
+def test_every_rule_has_an_example():
+    source, first = inspect.getsourcelines(base.validate)
+    calls = [
+        node
+        for node in ast.walk(ast.parse("".join(source)))
+        if (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_require", "_one_of"))
+        or isinstance(node, ast.Raise)
+    ]
+    seen = set().union(*(failure(changes)[1] for changes, _ in WRONG))
+    for node in calls:
+        lines = set(range(first + node.lineno - 1, first + node.end_lineno))
+        assert lines & seen, f"no example breaks the rule in line {min(lines)}: {ast.unparse(node)}"
+    assert len(calls) > 30
+
+
+@pytest.mark.parametrize("changes", RIGHT, ids=str)
+def test_borderline_values_pass(changes):
+    base.validate(changed(changes))
+
+
+@pytest.mark.parametrize("make", [base.default, tiny.get_config, tiny_coldstart.get_config])
+def test_shipped_configs_pass_and_are_locked(make):
+    c = make()
+    base.validate(c)
+    assert c.is_locked and c.rl.is_locked
+    for node, field in ((c, "step"), (c.rl, "groupsize"), (c.data, "batchsize")):
+        with pytest.raises((AttributeError, KeyError), match=field):
+            node[field] = 1
+    with pytest.raises(TypeError):
+        c.steps = "many"
+
+
+def test_configs_are_independent():
+    c = base.default()
+    c.rl.beta = 0.5
+    assert base.default().rl.beta != 0.5
+
+
+def test_stages():
+    assert base.stages(changed({"stage": "tower, captioner ,decoder"})) == ["tower", "captioner", "decoder"]
+
+
+def leaves(c, prefix=""):
+    for name, value in c.items():
+        if isinstance(value, ConfigDict) and name != "reward":
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_fields_that_may_differ_exist():
+    assert all(name in base.default() for name in base.MAY_DIFFER)
+
+
+def test_every_field_of_the_default_has_a_comment():
+    """In the source, on the line where it gets its value."""
+    source = inspect.getsource(base)
+    lines = source.splitlines()
+    commented = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and "  # " in lines[node.end_lineno - 1]:
+            targets = [x for x in ast.walk(node.targets[0]) if isinstance(x, ast.Attribute)]
+            commented |= {ast.unparse(target).removeprefix("c.") for target in targets}
+    bare = {field for field in leaves(base.default()) if field.removeprefix("optimizer.") not in commented}
+    assert not bare
+    assert len(commented) > 50
