@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     """Starts from the shipped weights; everything not named here is `uae_jax.config.default`."""
     config = base.default()
     config.steps = 400
+    config.remat = False  # memory is no concern at this size
     config.redraw.prediction = "sample"  # what the shipped decoder predicts
     config.rl.malformed = "group_min"  # a caption outside the grammar earns the least of its group
     return config

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.unlock()
     config.stage = "tower,captioner,decoder"
+    config.remat = False  # memory is no concern at this size
     config.redraw.prediction = "sample"
 
     # Fields of each model's config.json; shapes, names and forward passes are the real architectures'.
@@ -129,7 +130,7 @@ def get_config() -> ConfigDict:
     config.captioner.optimizer = base.optimizer("muon", 1e-2, warmup=30)
 
     config.decoder = ConfigDict()
-    config.decoder.steps = 6000
+    config.decoder.steps = 4500
     config.decoder.batch_size = 48
     config.decoder.complete = 0.5  # share of complete captions; the rest is of any length
     config.decoder.curriculum_steps = 1000

@@ -26,6 +26,7 @@ def default() -> ConfigDict:
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
     c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
+    c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
     c.stop_after_minutes = 0.0  # save and stop cleanly after this much training time; 0 = never
 
     # The loop: image -> caption -> redrawn image.

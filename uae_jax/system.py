@@ -65,9 +65,9 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     transformer = folder.load_model(where / "transformer")
     tokenizer = load_tokenizer(where / "captioner")
     modules = diffusion.Modules(
-        Qwen2_5_VL(captioner.config, dtype),
+        Qwen2_5_VL(captioner.config, dtype, config.remat),
         Projector(projector.config, dtype),
-        SD3Transformer(transformer.config, dtype),
+        SD3Transformer(transformer.config, dtype, config.remat),
     )
     tower_models = {}
     for name in dict.fromkeys((*config.reward, *config.monitor)):

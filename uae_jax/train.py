@@ -54,9 +54,9 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     tokenizer = shapes_tokenizer.build()
     sizes = coldstart.model_config(config, "captioner")
     modules = diffusion.Modules(
-        Qwen2_5_VL(sizes),
+        Qwen2_5_VL(sizes, remat=config.remat),
         Projector(coldstart.model_config(config, "projector")),
-        SD3Transformer(coldstart.model_config(config, "transformer")),
+        SD3Transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
     )
     prompts = diffusion.Prompts.build(tokenizer, config, sizes)
     if stage == "tower":

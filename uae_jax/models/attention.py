@@ -24,9 +24,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     kv = k.shape[-2]
     if n % kv:
         raise ValueError(f"{n} query heads cannot share {kv} key heads")
-    grouped = q.reshape(*batch, t, kv, n // kv, h)
-    logits = jnp.einsum("...tkgh,...skh->...kgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    # Heads before tokens, and the queries of one key head as rows of one matrix: plain batched products.
+    q = jnp.moveaxis(q.reshape(*batch, t, kv, n // kv, h), -4, -2).reshape(*batch, kv, n // kv * t, h)
+    k, v = jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
+    logits = jnp.einsum("...qh,...sh->...qs", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    logits = logits.reshape(*batch, kv, n // kv, t, k.shape[-2])
     if mask is not None:
         logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("...kgts,...skh->...tkgh", weights, v).reshape(*batch, t, n, h)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(*batch, kv, n // kv * t, k.shape[-2])
+    out = jnp.einsum("...qs,...sh->...qh", weights, v).reshape(*batch, kv, n // kv, t, h)
+    return jnp.moveaxis(out, -2, -4).reshape(*batch, t, n, h)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from uae_jax.errors import UserError
 from uae_jax.models.attention import attention
 from uae_jax.models.clip.config import Config, TextConfig, VisionConfig
+from uae_jax.models.dense import Dense
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -36,14 +37,14 @@ class Layer(nn.Module):
         y = norm("layer_norm1")(x)
         heads = (*y.shape[:-1], config.num_attention_heads, -1)
         q, k, v = (
-            nn.Dense(config.hidden_size, dtype=self.dtype, name=name)(y).reshape(heads)
+            Dense(config.hidden_size, dtype=self.dtype, name=name)(y).reshape(heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         y = attention(q, k, v, mask).reshape(x.shape)
-        x = x + nn.Dense(config.hidden_size, dtype=self.dtype, name="out_proj")(y)
-        y = nn.Dense(config.intermediate_size, dtype=self.dtype, name="fc1")(norm("layer_norm2")(x))
+        x = x + Dense(config.hidden_size, dtype=self.dtype, name="out_proj")(y)
+        y = Dense(config.intermediate_size, dtype=self.dtype, name="fc1")(norm("layer_norm2")(x))
         y = activation(config.hidden_act)(y)
-        return x + nn.Dense(config.hidden_size, dtype=self.dtype, name="fc2")(y), None
+        return x + Dense(config.hidden_size, dtype=self.dtype, name="fc2")(y), None
 
 
 def _layers(config: VisionConfig | TextConfig, dtype: jnp.dtype) -> Layer:
@@ -77,7 +78,7 @@ class VisionTower(nn.Module):
         # The convolution of the reference has no padding: pixels past the last whole patch are not read.
         patches = pixels[..., : side * p, : side * p, :].reshape(*batch, side, p, side, p, channels)
         patches = jnp.einsum("...hpwqc->...hwcpq", patches).reshape(*batch, config.num_patches, channels * p * p)
-        x = nn.Dense(config.hidden_size, use_bias=False, dtype=dtype, name="patch_embedding")(patches)
+        x = Dense(config.hidden_size, use_bias=False, dtype=dtype, name="patch_embedding")(patches)
 
         normal = nn.initializers.normal(0.02)
         first = self.param("class_embedding", normal, (config.hidden_size,)).astype(dtype)
@@ -134,8 +135,8 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         self.vision = VisionTower(self.config.vision, self.dtype)
         self.text = TextTower(self.config.text, self.dtype)
-        self.visual_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
-        self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+        self.text_projection = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.config.logit_scale_init_value), ())
 
     def vision_hidden(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from uae_jax.convert.table import LINEAR, Entry
 from uae_jax.errors import UserError
+from uae_jax.models.dense import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,8 @@ class Projector(nn.Module):
                 jax.lax.stop_gradient(matrix),
                 precision=jax.lax.Precision.HIGHEST,
             )
-        hidden = nn.gelu(
-            nn.Dense(self.config.hidden_size, dtype=self.dtype, name="linear_1")(hidden), approximate=False
-        )
-        return nn.Dense(self.config.out_size, dtype=self.dtype, name="linear_2")(hidden)
+        hidden = nn.gelu(Dense(self.config.hidden_size, dtype=self.dtype, name="linear_1")(hidden), approximate=False)
+        return Dense(self.config.out_size, dtype=self.dtype, name="linear_2")(hidden)
 
 
 def table(config: Config) -> list[Entry]:

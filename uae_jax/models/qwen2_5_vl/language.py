@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax.models import rematerialised
 from uae_jax.models.attention import attention
+from uae_jax.models.dense import Dense
 from uae_jax.models.qwen2_5_vl.config import TextConfig
 
 
@@ -109,14 +111,14 @@ class SelfAttention(nn.Module):
         c = self.config
 
         def heads(number: int, name: str) -> jax.Array:
-            y = nn.Dense(number * c.head_dim, dtype=self.dtype, name=name)(x)
+            y = Dense(number * c.head_dim, dtype=self.dtype, name=name)(x)
             return y.reshape(*x.shape[:-1], number, c.head_dim)
 
         q = rotate(heads(c.num_heads, "q_proj"), angles)
         new = Cache(k=rotate(heads(c.num_kv_heads, "k_proj"), angles), v=heads(c.num_kv_heads, "v_proj"))
         seen = new if cache is None else jax.tree.map(lambda old, part: _write(old, part, index), cache, new)
         y = attention(q, seen.k, seen.v, mask).reshape(*x.shape[:-1], -1)
-        return nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(y), new
+        return Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(y), new
 
 
 class DecoderLayer(nn.Module):
@@ -142,6 +144,7 @@ class LanguageModel(nn.Module):
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = True
 
     def setup(self) -> None:
         c = self.config
@@ -149,7 +152,7 @@ class LanguageModel(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
         self.layers = nn.scan(
-            nn.remat(DecoderLayer, prevent_cse=False),
+            rematerialised(DecoderLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -157,7 +160,7 @@ class LanguageModel(nn.Module):
         )(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(
+            self.lm_head = Dense(
                 c.vocab_size,
                 use_bias=False,
                 dtype=self.dtype,

@@ -19,10 +19,11 @@ class Qwen2_5_VL(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
+    remat: bool = True
 
     def setup(self) -> None:
-        self.visual = VisionTower(self.config.vision, self.dtype)
-        self.language = LanguageModel(self.config.text, self.dtype)
+        self.visual = VisionTower(self.config.vision, self.dtype, self.remat)
+        self.language = LanguageModel(self.config.text, self.dtype, self.remat)
 
     def __call__(
         self, patches: jax.Array, layout: Layout, tokens: jax.Array, positions: jax.Array, mask: jax.Array

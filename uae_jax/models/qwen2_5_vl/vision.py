@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uae_jax.models import rematerialised
 from uae_jax.models.attention import attention
+from uae_jax.models.dense import Dense
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
 from uae_jax.models.qwen2_5_vl.language import RMSNorm, SwiGLU, inverse_frequencies, rotate
 
@@ -36,10 +38,10 @@ class VisionAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
         q, k, v = (y.reshape(*x.shape[:-1], self.num_heads, -1) for y in jnp.split(qkv, 3, axis=-1))
         y = attention(rotate(q, angles), rotate(k, angles), v, mask).reshape(x.shape)
-        return nn.Dense(d, dtype=self.dtype, name="proj")(y)
+        return Dense(d, dtype=self.dtype, name="proj")(y)
 
 
 class VisionBlock(nn.Module):
@@ -61,12 +63,13 @@ class Period(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
+    remat: bool
 
     @nn.compact
     def __call__(
         self, x: jax.Array, angles: jax.Array, window_mask: jax.Array, frame_mask: jax.Array
     ) -> tuple[jax.Array, None]:
-        block = nn.remat(VisionBlock, prevent_cse=False)
+        block = rematerialised(VisionBlock, self.remat)
         if self.config.period > 1:
             windowed = nn.scan(
                 block,
@@ -95,8 +98,8 @@ class PatchMerger(nn.Module):
         *batch, p, d = x.shape
         width = d * self.config.merge_unit
         y = RMSNorm(name="ln_q")(x).reshape(*batch, p // self.config.merge_unit, width)
-        y = nn.gelu(nn.Dense(width, dtype=self.dtype, name="mlp_0")(y), approximate=False)
-        return nn.Dense(self.config.out_hidden_size, dtype=self.dtype, name="mlp_2")(y)
+        y = nn.gelu(Dense(width, dtype=self.dtype, name="mlp_0")(y), approximate=False)
+        return Dense(self.config.out_hidden_size, dtype=self.dtype, name="mlp_2")(y)
 
 
 class VisionTower(nn.Module):
@@ -108,6 +111,7 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = True
 
     @nn.compact
     def __call__(self, patches: jax.Array, layout: Layout) -> jax.Array:
@@ -121,7 +125,7 @@ class VisionTower(nn.Module):
           [..., n, out_hidden_size]: merged tokens in raster order, as `layout.order` lists them.
         """
         c = self.config
-        x = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")(patches)
+        x = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")(patches)
         # Half of the rotated channel pairs turn with the row, half with the column.
         axes = jnp.asarray(layout.positions, jnp.float32)[..., None] * inverse_frequencies(c.head_dim // 2, ROPE_THETA)
         angles = axes.reshape(*axes.shape[:-2], -1)
@@ -136,6 +140,6 @@ class VisionTower(nn.Module):
             in_axes=nn.broadcast,
             length=c.depth // c.period,
         )
-        x, _ = periods(c, self.dtype, name="blocks")(x, angles, window_mask, frame_mask)
+        x, _ = periods(c, self.dtype, self.remat, name="blocks")(x, angles, window_mask, frame_mask)
         x = PatchMerger(c, self.dtype, name="merger")(x.reshape(*x.shape[:-3], -1, c.hidden_size))
         return jnp.take_along_axis(x, jnp.asarray(layout.order)[..., None], axis=-2)

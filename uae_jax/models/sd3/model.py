@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax.errors import UserError
+from uae_jax.models import rematerialised
 from uae_jax.models.attention import attention
+from uae_jax.models.dense import Dense
 from uae_jax.models.sd3.config import Config
 
 TIME_CHANNELS = 256
@@ -65,9 +67,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, condition: jax.Array) -> list[jax.Array]:
-        x = nn.Dense(self.chunks * condition.shape[-1], dtype=self.dtype, kernel_init=_NEAR_ZERO, name="linear")(
-            condition
-        )
+        x = Dense(self.chunks * condition.shape[-1], dtype=self.dtype, kernel_init=_NEAR_ZERO, name="linear")(condition)
         return jnp.split(x[..., None, :], self.chunks, axis=-1)
 
 
@@ -79,8 +79,8 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+        return Dense(self.width, dtype=self.dtype, name="linear_2")(x)
 
 
 class FeedForward(nn.Module):
@@ -91,8 +91,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        x = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="up")(x), approximate=True)
-        return nn.Dense(width, dtype=self.dtype, name="down")(x)
+        x = nn.gelu(Dense(4 * width, dtype=self.dtype, name="up")(x), approximate=True)
+        return Dense(width, dtype=self.dtype, name="down")(x)
 
 
 class Attention(nn.Module):
@@ -111,8 +111,7 @@ class Attention(nn.Module):
         def project(x: jax.Array, name: str, norm: str) -> tuple[jax.Array, jax.Array, jax.Array]:
             heads = (*x.shape[:-1], self.config.num_attention_heads, self.config.attention_head_dim)
             q, k, v = (
-                nn.Dense(self.config.width, dtype=self.dtype, name=name.format(part))(x).reshape(heads)
-                for part in "qkv"
+                Dense(self.config.width, dtype=self.dtype, name=name.format(part))(x).reshape(heads) for part in "qkv"
             )
             if self.config.qk_norm:
                 q, k = (
@@ -122,7 +121,7 @@ class Attention(nn.Module):
             return q, k, v
 
         def out(x: jax.Array, name: str) -> jax.Array:
-            return nn.Dense(self.config.width, dtype=self.dtype, name=name)(x.reshape(*x.shape[:-2], self.config.width))
+            return Dense(self.config.width, dtype=self.dtype, name=name)(x.reshape(*x.shape[:-2], self.config.width))
 
         q, k, v = project(image, "to_{}", "norm_{}")
         if text is None:
@@ -193,10 +192,12 @@ class SD3Transformer(nn.Module):
     Attributes:
       config: sizes.
       dtype: compute dtype; parameters are float32, norms, softmax and time sinusoids compute in float32.
+      remat: recompute the activations of a block in the backward pass.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
+    remat: bool = True
 
     @nn.compact
     def __call__(
@@ -234,14 +235,14 @@ class SD3Transformer(nn.Module):
         image = PatchEmbed(config, self.dtype, name="pos_embed")(
             patches.reshape(*batch, rows, columns, channels * p * p)
         ).reshape(*batch, rows * columns, config.width)
-        text = nn.Dense(config.width, dtype=self.dtype, name="context_embedder")(text)
+        text = Dense(config.width, dtype=self.dtype, name="context_embedder")(text)
         time = Embedder(config.width, self.dtype, name="time_embedder")(timestep_embedding(timestep))
         # Every modulation of the model starts with this SiLU: applied once.
         condition = nn.silu(time + Embedder(config.width, self.dtype, name="pooled_embedder")(pooled))
 
         def stack(length: int, dual: bool, name: str) -> Block:
             block = nn.scan(
-                nn.remat(Block, prevent_cse=False),
+                rematerialised(Block, self.remat),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -259,7 +260,7 @@ class SD3Transformer(nn.Module):
 
         scale, shift = Modulation(2, self.dtype, name="norm_out")(condition)
         image = _modulate(_layer_norm(self.dtype)(image), shift, scale)
-        head = nn.Dense(p * p * config.out_channels, dtype=self.dtype, kernel_init=_NEAR_ZERO, name="proj_out")
+        head = Dense(p * p * config.out_channels, dtype=self.dtype, kernel_init=_NEAR_ZERO, name="proj_out")
         image = head(image).reshape(*batch, rows, columns, p, p, config.out_channels)
         return jnp.einsum("...hwpqc->...hpwqc", image).reshape(*batch, height, width, config.out_channels)
 
@@ -278,5 +279,5 @@ class PatchEmbed(nn.Module):
         # A buffer of the reference: part of the checkpoint, never trained.
         table = jax.lax.stop_gradient(table).reshape(size, size, self.config.width)
         top, left = (size - rows) // 2, (size - columns) // 2
-        x = nn.Dense(self.config.width, dtype=self.dtype, name="proj")(patches)
+        x = Dense(self.config.width, dtype=self.dtype, name="proj")(patches)
         return (x + table[top : top + rows, left : left + columns].astype(jnp.float32)).astype(self.dtype)

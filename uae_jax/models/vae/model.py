@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from uae_jax.models.attention import attention
+from uae_jax.models.dense import Dense
 from uae_jax.models.vae.config import Config
 
 
@@ -64,8 +65,8 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         *batch, height, width, channels = x.shape
         y = GroupNorm(self.groups, self.dtype, name="group_norm")(x).reshape(*batch, height * width, 1, channels)
-        q, k, v = (nn.Dense(channels, dtype=self.dtype, name=name)(y) for name in ("to_q", "to_k", "to_v"))
-        return x + nn.Dense(channels, dtype=self.dtype, name="to_out")(attention(q, k, v)).reshape(x.shape)
+        q, k, v = (Dense(channels, dtype=self.dtype, name=name)(y) for name in ("to_q", "to_k", "to_v"))
+        return x + Dense(channels, dtype=self.dtype, name="to_out")(attention(q, k, v)).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
