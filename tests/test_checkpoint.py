@@ -155,9 +155,9 @@ LEAVES, SIZE = 6, 400_000  # 1.6 MB a leaf of noise: a save takes long enough to
 
 
 def noise(step):
-    """The state at `step`: every leaf is a function of it."""
+    """The state at `step`: every leaf is a function of it. In 1..2: a zero could lose its sign in `update`."""
     rng = np.random.default_rng(step)
-    return {"step": np.int32(step), **{f"w{i}": rng.standard_normal(SIZE, np.float32) for i in range(LEAVES)}}
+    return {"step": np.int32(step), **{f"w{i}": rng.random(SIZE, np.float32) + 1 for i in range(LEAVES)}}
 
 
 def checksum(state):
@@ -229,6 +229,10 @@ def complete(directory):
     return max((int(path.name) for path in directory.iterdir() if path.name.isdigit()), default=0)
 
 
+def unfinished(directory):
+    return any("tmp" in path.name for path in directory.iterdir())
+
+
 def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes):
     kills = int(os.environ.get("UAE_TEST_KILLS", "3"))
     wanted = abstract(jax.tree.map(jnp.asarray, noise(0)))
@@ -240,9 +244,12 @@ def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes):
         while complete(tmp_path) < reached + 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
+        while not unfinished(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.join()
-        halves += any("tmp" in path.name for path in tmp_path.iterdir())
+        halves += unfinished(tmp_path)
         reached_before, reached = reached, complete(tmp_path)
         assert reached >= reached_before + 2
         # Written on two devices, read on one.
