@@ -14,7 +14,7 @@ from uae_jax import rewards
 from uae_jax.data.shapes import grammar, tokenizer
 from uae_jax.data.shapes.grammar import WORDS, Description, Mention
 from uae_jax.data.shapes.scene import sample_scene
-from uae_jax.models import apply, initial
+from uae_jax.models import apply
 from uae_jax.models.clip.config import Config, TextConfig, VisionConfig
 from uae_jax.models.clip.model import CLIP
 
@@ -114,7 +114,9 @@ def test_clip_tower():
     )
     module = CLIP(config)
     x = images(2, 3, 20, 20)
-    params = initial(module, jax.random.key(0), jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 5), int))
+    fresh = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 5), int))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), fresh)
     features = jax.jit(rewards.clip_tower(module))
     found = features(params, x)
     assert found.shape == (2, 3, 8)

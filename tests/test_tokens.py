@@ -108,9 +108,18 @@ def test_nothing_counts_after_the_end_token(end_token):
     assert cut_off.any() and (ends[:, -1] & ~cut_off).any(), "both kinds of full-length rows must occur"
 
 
+def test_truncated_and_lengths_by_hand():
+    """An end token that does not count ends nothing."""
+    actions = jnp.array([[1, END, 0], [1, 2, END], [1, 2, 5], [1, 2, END]])
+    mask = jnp.array([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
+    segment = Segment(actions, mask, jnp.zeros((4, 3)))
+    assert tokens.truncated(segment, END).tolist() == [False, False, True, True]
+    assert tokens.lengths(segment).tolist() == [2, 3, 3, 2]
+
+
 def test_types_and_shapes():
-    found = sample(*start(2, 3), max_tokens=5)
-    assert [x.shape for x in found] == [(2, 3, 5)] * 3
+    found = sample(*start(2, 3))
+    assert [x.shape for x in found] == [(2, 3, T)] * 3
     assert [x.dtype for x in found] == [np.int32, np.bool_, np.float32]
 
 
