@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import pytest
 
+from tests import tiny
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -20,3 +22,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow; pass --run-slow"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A folder with the weights of an untrained tiny system."""
+    return tiny.write_weights(tmp_path_factory.mktemp("weights"))

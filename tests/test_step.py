@@ -16,11 +16,6 @@ from uae_jax.umm import diffusion
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny.write_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def built(weights):
     config = tiny.config(weights)
     return system.load(config, sharding.make_mesh(config))

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import tiny, tiny_coldstart
+from uae_jax import runtime
 from uae_jax.convert import folder
 from uae_jax.data.shapes import tokenizer
+from uae_jax.data.sources import ShapesSource
 from uae_jax.models import initial
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.clip.model import CLIP
@@ -85,9 +87,17 @@ def config(weights: Path, **changes):
     return c.lock()
 
 
+def flat(c) -> dict:
+    """A config's fields under dotted names."""
+    return {name: value for name, value in runtime.flatten(c.to_dict()).items() if not isinstance(value, dict)}
+
+
+def default_fields() -> dict:
+    """The fields of configs/tiny.py."""
+    return flat(tiny.get_config())
+
+
 def scenes(n: int, seed: int = 0) -> np.ndarray:
     """Rendered images uint8 [n, 48, 48, 3]."""
-    from uae_jax.data.sources import ShapesSource
-
     source = ShapesSource(seed, n)
     return np.stack([source[i]["image"] for i in range(n)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from uae_jax import config as configs
 from uae_jax import runtime
 
 FLAGS = flags.FlagValues()
@@ -18,6 +19,7 @@ CONFIG = config_flags.DEFINE_config_file(
 def main(arguments: list[str]) -> None:
     """Parses the command line and trains."""
     config = runtime.parse(FLAGS, arguments)
+    configs.validate(config)
     runtime.prepare()
     from uae_jax import train  # only now: jax reads its environment when it is imported
 

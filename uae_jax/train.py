@@ -25,12 +25,11 @@ from uae_jax.umm import diffusion
 
 
 def run(config: Any, workdir: Path) -> None:
-    """Runs the stages of a config one after the other, each from where it stopped.
+    """Runs the stages of a valid config (`config.validate`) one after the other, each from where it stopped.
 
     Raises:
       UserError: whatever the user can fix.
     """
-    configs.validate(config)
     mesh = sharding.make_mesh(config)
     for stage in configs.stages(config):
         # RL is what a workdir is for; the stages of a cold start each have a folder in it.

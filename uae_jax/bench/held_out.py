@@ -95,7 +95,7 @@ class Evaluator:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Captions as tokens and mask [n, t]."""
-        return encode_captions(self.system.tokenizer, texts, self.config.rl.max_tokens, self.system.prompts.end_token)
+        return encode_captions(self.system.tokenizer, texts, grammar.LONGEST + 1, self.system.prompts.end_token)
 
     def reward_of(self, drawn: dict[str, Any]) -> np.ndarray:
         """The trained reward of each redrawn image [n]."""

@@ -28,7 +28,7 @@ def build(
 ) -> Program:
     """The stage as a program; the loss is the mean of the very log-probs that RL scores with."""
     settings = config.captioner
-    size, length = config.data.image_size, config.rl.max_tokens
+    size, length = config.data.image_size, grammar.LONGEST + 1
 
     def scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
         # Fewer objects first: attributes are learned on single objects, counting and order later.

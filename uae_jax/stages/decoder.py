@@ -46,7 +46,7 @@ def build(
 ) -> Program:
     """The stage as a program; `finish` writes projector and transformer to workdir/weights."""
     settings = config.decoder
-    size, length = config.data.image_size, config.rl.max_tokens
+    size, length = config.data.image_size, grammar.LONGEST + 1
     transformer, projector = modules.transformer, modules.projector
     pooled = jnp.zeros(transformer.config.pooled_projection_dim)
 

@@ -81,10 +81,9 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     clip = CLIP(coldstart.model_config(config, "clip"))
     judge = CellClassifier(coldstart.model_config(config, "judge"))
     size = config.data.image_size
-    length = config.rl.max_tokens
 
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
-        tokens, _ = encode_captions(tokenizer, [grammar.complete(s) for s in scenes], length, end_token)
+        tokens, _ = encode_captions(tokenizer, [grammar.complete(s) for s in scenes], grammar.LONGEST + 1, end_token)
         grids = [facts.attributes_grid(scene) for scene in scenes]
         return {"tokens": tokens} | {name: np.stack([grid[name] for grid in grids]) for name in grids[0]}
 
@@ -106,7 +105,7 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     names = (*TOWERS, "judge")
     keys = dict(zip(names, jax.random.split(jax.random.key(config.seed), len(names)), strict=True))
     blank = jnp.zeros((1, size, size, 3))
-    tokens = jnp.zeros((1, length), jnp.int32)
+    tokens = jnp.zeros((1, grammar.LONGEST + 1), jnp.int32)
     params = {name: initial(clip, keys[name], blank, tokens) for name in TOWERS}
     params["judge"] = initial(judge, keys["judge"], blank)
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))

@@ -147,7 +147,7 @@ def build(
     grid = (height // vision.patch_size, width // vision.patch_size)
     prompt = np.array(prompts.caption, np.int32)
     prompt_positions, first_position = inputs.rope_positions(prompt, [grid], captioner.config)
-    p, t = len(prompt), settings.max_tokens
+    p = len(prompt)
     levels = flow.sigmas(config.redraw.steps, config.redraw.shift, config.redraw.spacing)
     sampling_temperature = settings.temperature if temperature is None else temperature
 
@@ -168,10 +168,10 @@ def build(
         positions = jnp.broadcast_to(prompt_positions[:, None], (3, b, p))
         return call(weights, embeds, positions, jnp.tril(jnp.ones((p, p), bool)), method="hidden")
 
-    def grouped(cache: Any, g: int) -> Any:
-        """Repeats each image's cache for its group, [L, b, p, ...] -> [L, b, g, p + t, ...]."""
+    def grouped(cache: Any, g: int, t: int) -> Any:
+        """Repeats each image's cache for its group, with room for t tokens: [L, b, p, ...] -> [L, b, g, p + t, ...]."""
 
-        def widen(x):
+        def widen(x: jax.Array) -> jax.Array:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, t), (0, 0), (0, 0)])
             return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], g, *x.shape[2:]))
 
@@ -180,7 +180,7 @@ def build(
     def generate(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> Segment:
         weights = sharding.decode_view(full(params, frozen), mesh, captioner.dtype)
         hidden, cache = prefill(weights, images)
-        b, g = keys.shape
+        (b, g), t = keys.shape, settings.max_tokens
         logits = call(weights, hidden[:, -1], method="logits")
 
         def decode(token: jax.Array, i: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -192,7 +192,7 @@ def build(
 
         return tokens.sample(
             jnp.broadcast_to(logits[:, None], (b, g, logits.shape[-1])),
-            sharding.constrain_batch(grouped(cache, g), mesh, axis=1),
+            sharding.constrain_batch(grouped(cache, g, t), mesh, axis=1),
             decode,
             keys,
             max_tokens=t,
@@ -203,12 +203,12 @@ def build(
 
     def caption_states(weights: Params, images: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Teacher-forced states: of the last prompt token [b, d], and of the caption's tokens [b, g, t, d]."""
-        b, g, _ = actions.shape
+        b, g, t = actions.shape
         hidden, cache = prefill(weights, images)
         embeds = call(weights, actions, None, method="embed")
         positions = jnp.broadcast_to(first_position + jnp.arange(t), (3, b, g, t))
         visible = jnp.arange(p + t) <= p + jnp.arange(t)[:, None]
-        states, _ = call(weights, embeds, positions, visible, grouped(cache, g), p, method="hidden")
+        states, _ = call(weights, embeds, positions, visible, grouped(cache, g, t), p, method="hidden")
         return hidden[:, -1], states
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
@@ -233,7 +233,7 @@ def build(
         length = content_lengths(captions, prompts.end_token)
         if config.condition_source == "in_context":
             _, states = caption_states(weights, images, captions.actions)
-            return states, jnp.arange(t) < length[..., None]
+            return states, jnp.arange(states.shape[-2]) < length[..., None]
         ids, mask = captions_as_text(
             captions.actions, length, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
         )

@@ -20,6 +20,8 @@ from uae_jax.data.shapes.scene import BACKGROUNDS, COLOURS, COLUMNS, GRID, MAX_O
 
 OPTIONAL = ("size", "colour", "position")  # of an object; its shape is always named
 WORDS = tuple(sorted({"a", "and", "on", "background", *SIZES, *COLOURS, *SHAPES, *ROWS, *COLUMNS, *BACKGROUNDS}))
+# Words of the longest caption: 6 an object, "and" between them, "on a ... background".
+LONGEST = 7 * MAX_OBJECTS + 3
 
 
 @dataclasses.dataclass(frozen=True)
