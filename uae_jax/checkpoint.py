@@ -74,6 +74,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike, every: int, keep: int = 2):
         """`directory` is made where missing. Raises UserError where that is impossible."""
         absl_logging.get_absl_logger().addFilter(_quiet)
+        # What a failed save leaves unread in its event loop; the failure itself is raised here.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.directory = os.path.abspath(directory)
         self.every = every
         with storage_errors(self.directory):

@@ -101,8 +101,10 @@ def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         main(arguments)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # At once: threads of a checkpoint that the disk refused would add their tracebacks on the way out.
+        sys.stdout.flush()
+        os._exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

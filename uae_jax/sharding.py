@@ -85,9 +85,9 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves this process's part of a batch to the mesh."""
+    """Puts a global batch on the mesh; every process holds all of it and hands over what its devices need."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
 
 
 def constrain_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:

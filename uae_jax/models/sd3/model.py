@@ -240,7 +240,7 @@ class SD3Transformer(nn.Module):
         # Every modulation of the model starts with this SiLU: applied once.
         condition = nn.silu(time + Embedder(config.width, self.dtype, name="pooled_embedder")(pooled))
 
-        def stack(length: int, dual: bool, name: str) -> Block:
+        def stack(length: int, dual: bool, name: str) -> nn.Module:
             block = nn.scan(
                 rematerialised(Block, self.remat),
                 variable_axes={"params": 0, "intermediates": 0},
