@@ -1,0 +1,93 @@
+"""The step on eight virtual devices: same numbers as on one, and no weights gathered inside the token loop."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def body_of(text: str, name: str) -> str:
+    """One computation of an HLO module."""
+    return text[text.index(f"\n%{name} (") :].split("\n}", 1)[0]
+
+
+def reachable(text: str, name: str) -> str:
+    """A computation with all that it calls, other loops included."""
+    seen, todo = {}, [name]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen[current] = body_of(text, current)
+            todo += re.findall(r"(?:calls|body|condition|to_apply)=%([\w.\-]+)", seen[current])
+    return "\n".join(seen.values())
+
+
+def collectives(text: str) -> list[str]:
+    return re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w\-]*\(", text)
+
+
+def worker(weights: str, data: int, fsdp: int) -> dict:
+    """Runs in a process of its own: two steps on a mesh, and the collectives of the token loop."""
+    import jax
+    import jax.numpy as jnp
+
+    from tests import tiny
+    from tests.test_step import make
+    from uae_jax import sharding, system
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    changes = {
+        "data__batch_size": 8,
+        "rl__group_size": 2,
+        "mesh__data": data,
+        "mesh__fsdp": fsdp,
+        "eval__batch_size": 8,
+    }
+    config = tiny.config(weights, **changes)
+    mesh = sharding.make_mesh(config, jax.devices()[: data * fsdp])
+    built = system.load(config, mesh)
+    state, function = make(config, built, mesh)
+    state = sharding.place(state, mesh)
+    split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
+    batch = sharding.place_batch({"image": tiny.scenes(8)}, mesh)
+    compiled = jax.jit(function, donate_argnums=0).lower(state, built.frozen, batch).compile()
+    text = compiled.as_text()
+    # The token loop is the one that stops early: its condition looks at a bool of every device.
+    loops = re.findall(r"while\(.*?condition=%([\w.\-]+), body=%([\w.\-]+)", text)
+    early = [
+        (c, b) for c, b in loops if "pred[] all-reduce" in reachable(text, c) or "all-reduce(" in reachable(text, c)
+    ]
+    rows = []
+    for _ in range(2):
+        state, metrics = compiled(state, built.frozen, batch)
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return {
+        "rows": rows,
+        "early": len(early),
+        "inside": [kind for _, b in early for _, kind in collectives(reachable(text, b))],
+        "split": len(split),
+        "norm": float(jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(state.params)))),
+    }
+
+
+def run(weights: Path, data: int, fsdp: int) -> dict:
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    call = f"worker({str(weights)!r}, {data}, {fsdp})"
+    code = f"import json; from tests.test_sharded_step import worker; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_sharded_equals_unsharded_and_gathers_outside_the_token_loop(weights):
+    one, eight = run(weights, 1, 1), run(weights, 2, 4)
+    assert eight["split"] > 0 and one["split"] == 0
+    assert eight["early"] == 1 and eight["inside"] == []
+    for name in ("reward/mean", "caption/length", "loss", "kl", "grad_norm", "logp/sampler_gap"):
+        for a, b in zip(one["rows"], eight["rows"], strict=True):
+            assert abs(a[name] - b[name]) < 2e-4 * max(1.0, abs(a[name])), name
+    assert abs(one["norm"] - eight["norm"]) < 1e-3
