@@ -27,16 +27,37 @@ def louder(params, scale=2.0):
     return params
 
 
+def coldstart_config(**changes):
+    """The cold start at test size: fewer layers, two steps a stage."""
+    c = tiny_coldstart.get_config()
+    c.unlock()
+    c.models.captioner.num_hidden_layers = 2
+    c.models.captioner.vision_config.depth = 2
+    c.models.captioner.vision_config.fullatt_block_indexes = [1]
+    c.models.transformer.num_layers = 2
+    c.models.clip.text_config.num_hidden_layers = 1
+    c.models.clip.vision_config.num_hidden_layers = 1
+    c.tower.steps = c.decoder.steps = c.captioner.see_steps = 2
+    c.captioner.terse_steps = 1
+    c.tower.batch_size = c.captioner.batch_size = c.decoder.batch_size = 4
+    c.data.held_out = c.eval.batch_size = 4
+    return changed(c, changes)
+
+
+def changed(c, changes):
+    """A config with `changes`, dotted fields with '__' for dots, locked."""
+    for name, value in changes.items():
+        node = c
+        *parents, leaf = name.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return c.lock()
+
+
 def write_weights(target: Path, seed: int = 0) -> Path:
     """Writes captioner, projector, transformer, two towers and a judge; returns the folder."""
-    config = tiny_coldstart.get_config()
-    config.unlock()
-    config.models.captioner.num_hidden_layers = 2
-    config.models.captioner.vision_config.depth = 2
-    config.models.captioner.vision_config.fullatt_block_indexes = [1]
-    config.models.transformer.num_layers = 2
-    config.models.clip.text_config.num_hidden_layers = 1
-    config.models.clip.vision_config.num_hidden_layers = 1
+    config = coldstart_config()
     keys = jax.random.split(jax.random.key(seed), 8)
     size = config.data.image_size
     image = jnp.zeros((1, size, size, 3))
@@ -78,13 +99,7 @@ def config(weights: Path, **changes):
     c.rl.malformed = "keep"  # all that an untrained captioner writes is malformed
     c.eval.enabled = False
     c.optimizer.warmup = 0
-    for name, value in changes.items():
-        node = c
-        *parents, leaf = name.split("__")
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return c.lock()
+    return changed(c, changes)
 
 
 def flat(c) -> dict:

@@ -14,7 +14,7 @@ from uae_jax.errors import UserError
 STAGES = ("tower", "captioner", "decoder", "rl")
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("steps", "checkpoint", "eval", "stop_after_minutes")
+MAY_DIFFER = ("steps", "checkpoint", "eval")
 
 
 def default() -> ConfigDict:
@@ -27,7 +27,6 @@ def default() -> ConfigDict:
     c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
-    c.stop_after_minutes = 0.0  # save and stop cleanly after this much training time; 0 = never
 
     # The loop: image -> caption -> redrawn image.
     c.train = "encoder"  # which side RL updates

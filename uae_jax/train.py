@@ -86,7 +86,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             elif first < program.steps:
                 writer.message(f"resuming {workdir} at step {first}")
             # ---- training
-            began = last = time.monotonic()
+            last = time.monotonic()
             for at, batch in enumerate(sources.prefetch(program.batches, first, program.steps), first + 1):
                 state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
@@ -97,8 +97,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                     metrics["throughput/tokens_per_s"] = tokens / (now - last)
                 last = now
                 writer.write(at, metrics)
-                over = 0 < 60 * config.stop_after_minutes < now - began
-                stop = at < program.steps and (bool(stopped) or over)
+                stop = at < program.steps and bool(stopped)
                 saver.save(at, state, force=stop or at == program.steps)
                 if stop:
                     writer.message(f"stopped at step {at} of {program.steps}; the same command continues")

@@ -18,7 +18,7 @@ from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
 from uae_jax.data.text import encode_captions
 from uae_jax.models import apply, initial
-from uae_jax.stages import Program, coldstart
+from uae_jax.stages import Program, card, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, diffusion
 
@@ -44,7 +44,7 @@ def build(
     prompts: diffusion.Prompts,
     captioner_params: Params,
 ) -> Program:
-    """The stage as a program; `finish` writes projector and transformer to workdir/weights."""
+    """The stage as a program; `finish` writes projector, transformer and the card to workdir/weights."""
     settings = config.decoder
     size, length = config.data.image_size, grammar.LONGEST + 1
     transformer, projector = modules.transformer, modules.projector
@@ -111,6 +111,8 @@ def build(
         weights = workdir / "weights"
         folder.save_model(weights / "projector", projector.config, trained["projector"] | jax.device_get(fixed))
         folder.save_model(weights / "transformer", transformer.config, trained["transformer"], np.float16)
+        writer.message("evaluating the weights for their card")
+        card.write(config, workdir)
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
