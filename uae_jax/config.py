@@ -14,7 +14,7 @@ from uae_jax.errors import UserError
 STAGES = ("tower", "captioner", "decoder", "rl")
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("steps", "checkpoint", "eval")
+MAY_DIFFER = ("stage", "steps", "checkpoint", "eval")
 
 
 def default() -> ConfigDict:
