@@ -1,0 +1,45 @@
+"""From the name of a stage to its program."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uae_jax.convert import folder
+from uae_jax.data.shapes import tokenizer as shapes_tokenizer
+from uae_jax.errors import UserError
+from uae_jax.models.projector.model import Projector
+from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.sd3.model import SD3Transformer
+from uae_jax.stages import Program, captioner, coldstart, decoder, rl, tower
+from uae_jax.umm import diffusion
+
+
+def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a stage. Later stages of a cold start read what earlier ones wrote to workdir/weights.
+
+    Raises:
+      UserError: a stage that starts from nothing, in a config that does not say of what size.
+    """
+    if stage == "rl":
+        return rl.build(config, workdir, mesh)
+    if "models" not in config:
+        raise UserError(
+            f"config.stage = {stage!r} starts from nothing and needs config.models, as configs/tiny_coldstart.py"
+        )
+    tokenizer = shapes_tokenizer.build()
+    sizes = coldstart.model_config(config, "captioner")
+    modules = diffusion.Modules(
+        Qwen2_5_VL(sizes, remat=config.remat),
+        Projector(coldstart.model_config(config, "projector")),
+        SD3Transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
+    )
+    prompts = diffusion.Prompts.build(tokenizer, config, sizes)
+    if stage == "tower":
+        return tower.build(config, workdir, tokenizer, prompts.end_token)
+    if stage == "captioner":
+        allowed = diffusion.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
+        family = diffusion.build(modules, prompts, allowed, config, mesh)
+        return captioner.build(config, workdir, tokenizer, prompts.end_token, modules.captioner, family)
+    start = folder.load_model(workdir / "weights" / "captioner").params
+    return decoder.build(config, workdir, tokenizer, modules, prompts, start)
