@@ -75,7 +75,8 @@ def worker(weights: str, data: int, fsdp: int) -> dict:
 
 
 def run(weights: Path, data: int, fsdp: int) -> dict:
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    devices = "--xla_force_host_platform_device_count=8"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=devices, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     call = f"worker({str(weights)!r}, {data}, {fsdp})"
     code = f"import json; from tests.test_sharded_step import worker; print(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from uae_jax import optimizers, rewards, sharding, step, system
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Segment
 from uae_jax.step import STARTING_WEIGHTS
-from uae_jax.umm import diffusion
+from uae_jax.umm import Family, diffusion
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,11 @@ def images(n, seed=0):
 
 def keys(b, g, seed=0):
     return step.sample_keys(jax.random.key(seed), jnp.int32(0), b, g)
+
+
+def family_of(config, built, **options):
+    """The family's functions, each compiled as one program."""
+    return Family(*map(jax.jit, built.family(config, **options)))
 
 
 def make(config, built, mesh=None, towers=None):
@@ -62,7 +67,7 @@ def test_sampler_and_scorer_agree_for_every_token(weights, built, temperature):
     np.testing.assert_allclose(scored, captions.log_probs, rtol=0, atol=1e-4)
     # The distribution is not flat, so a wrong temperature or mask would show.
     assert np.asarray(captions.log_probs)[np.asarray(captions.mask)].std() > 0.1
-    other = built.family(tiny.config(weights, rl__temperature=temperature + 0.3, rl__max_tokens=12))
+    other = family_of(tiny.config(weights, rl__temperature=temperature + 0.3, rl__max_tokens=12), built)
     wrong = other.log_probs(STARTING_WEIGHTS, built.frozen, images(3), {"caption": captions})["caption"]
     assert np.abs(wrong - captions.log_probs).max() > 1e-2
 
@@ -70,29 +75,34 @@ def test_sampler_and_scorer_agree_for_every_token(weights, built, temperature):
 def greedy_without_cache(built, image, max_tokens):
     """Greedy decoding that reads the whole sequence again for every token."""
     captioner, prompts, weights = built.modules.captioner, built.prompts, built.frozen["start"]
-    vision = captioner.config.vision
+    vision, p = captioner.config.vision, len(prompts.caption)
     layout, _ = diffusion.inputs.layout(48, 48, vision)
-    pixels = (image - diffusion.inputs.IMAGE_MEAN) / diffusion.inputs.IMAGE_STD
+    grid = (48 // vision.patch_size,) * 2
     call = lambda *args, method: captioner.apply({"params": weights}, *args, method=method)  # noqa: E731
-    features = call(diffusion.inputs.patchify(pixels, vision), layout, method="encode_image")
-    ids = list(prompts.caption)
-    for _ in range(max_tokens):
-        sequence = np.array(ids, np.int32)
-        grid = (48 // vision.patch_size,) * 2
-        positions, _ = diffusion.inputs.rope_positions(sequence, [grid], captioner.config)
-        embeds = call(jnp.asarray(sequence), features, method="embed")
+
+    @jax.jit
+    def logits(ids, length):
+        pixels = (image - diffusion.inputs.IMAGE_MEAN) / diffusion.inputs.IMAGE_STD
+        features = call(diffusion.inputs.patchify(pixels, vision), layout, method="encode_image")
+        embeds = call(ids, features, method="embed")
+        # Causal, so what stands after `length` does not matter.
         causal = jnp.tril(jnp.ones((len(ids), len(ids)), bool))
         hidden, _ = call(embeds, jnp.asarray(positions), causal, method="hidden")
-        logits = np.where(built.allowed, call(hidden[-1], method="logits"), -np.inf)
-        ids.append(int(logits.argmax()))
-        if ids[-1] == prompts.end_token:
+        return call(hidden[length - 1], method="logits")
+
+    ids = np.full(p + max_tokens, 9, np.int32)
+    ids[:p] = prompts.caption
+    positions, _ = diffusion.inputs.rope_positions(ids, [grid], captioner.config)
+    for length in range(p, p + max_tokens):
+        ids[length] = np.where(built.allowed, logits(ids, length), -np.inf).argmax()
+        if ids[length] == prompts.end_token:
             break
-    return ids[len(prompts.caption) :]
+    return ids[p : length + 1].tolist()
 
 
 def test_cached_sampling_equals_uncached_greedy_decoding(weights, built):
     config = tiny.config(weights)
-    family = built.family(config, temperature=0.0)
+    family = family_of(config, built, temperature=0.0)
     captions = family.generate(STARTING_WEIGHTS, built.frozen, images(2), keys(2, 2))
     for i, image in enumerate(images(2)):
         expected = greedy_without_cache(built, image, config.rl.max_tokens)
@@ -102,8 +112,8 @@ def test_cached_sampling_equals_uncached_greedy_decoding(weights, built):
 
 
 def test_a_sample_does_not_change_with_its_neighbours(weights, built):
-    family = built.family(tiny.config(weights))
-    generate = jax.jit(lambda x, k: family.generate(STARTING_WEIGHTS, built.frozen, x, k))
+    family = family_of(tiny.config(weights), built)
+    generate = lambda x, k: family.generate(STARTING_WEIGHTS, built.frozen, x, k)  # noqa: E731
     first = generate(images(2), keys(2, 4))
     mixed = jnp.concatenate([images(1), images(1, seed=9)])
     second = generate(mixed, keys(2, 4))
@@ -123,7 +133,7 @@ def ended_at(length, t=8, end=2, word=9):
 
 
 def test_nothing_after_the_end_token_counts(weights, built):
-    family = built.family(tiny.config(weights))
+    family = family_of(tiny.config(weights), built)
     actions, mask = ended_at(3)
     garbage = actions.copy()
     garbage[4:] = 12
@@ -140,18 +150,18 @@ def test_nothing_after_the_end_token_counts(weights, built):
 
 @pytest.mark.parametrize("source,leaks", [("text", False), ("in_context", True)])
 def test_text_is_the_only_channel(weights, built, source, leaks):
-    family = built.family(tiny.config(weights, condition_source=source))
+    family = family_of(tiny.config(weights, condition_source=source), built)
     captions = family.generate(STARTING_WEIGHTS, built.frozen, images(2), keys(2, 2))
-    draw = jax.jit(lambda x: family.redraw(STARTING_WEIGHTS, built.frozen, captions, x, keys(2, 2)))
+    draw = lambda x: family.redraw(STARTING_WEIGHTS, built.frozen, captions, x, keys(2, 2))  # noqa: E731
     same, swapped = draw(images(2)), draw(images(2, seed=5))
     assert (np.asarray(same) != np.asarray(swapped)).any() == leaks
 
 
 def test_frozen_text_encoder_ignores_training_and_live_does_not(weights, built):
     trained = {"encoder": jax.tree.map(lambda x: x * 1.1, system.trainable(built.frozen["start"], "language/.*"))}
-    captions = built.family(tiny.config(weights)).generate(STARTING_WEIGHTS, built.frozen, images(1), keys(1, 2))
+    captions = family_of(tiny.config(weights), built).generate(STARTING_WEIGHTS, built.frozen, images(1), keys(1, 2))
     for encoder, moves in (("frozen", False), ("live", True)):
-        family = built.family(tiny.config(weights, text_encoder=encoder))
+        family = family_of(tiny.config(weights, text_encoder=encoder), built)
         before, after = (
             family.redraw(p, built.frozen, captions, images(1), keys(1, 2)) for p in (STARTING_WEIGHTS, trained)
         )
@@ -162,7 +172,7 @@ def test_group_shares_its_noise(weights, built):
     actions, mask = ended_at(3)
     segment = Segment(*(jnp.broadcast_to(x, (1, 3, 8)) for x in (actions, mask, np.zeros(8, np.float32))))
     for same in (True, False):
-        family = built.family(tiny.config(weights, redraw__same_noise=same))
+        family = family_of(tiny.config(weights, redraw__same_noise=same), built)
         drawn = np.asarray(family.redraw(STARTING_WEIGHTS, built.frozen, segment, images(1), keys(1, 3)))
         assert (np.abs(drawn[0, 0] - drawn[0, 1]).max() < 1e-5) == same
 
@@ -173,7 +183,7 @@ def test_guidance_moves_away_from_the_unconditional_image(weights, built):
     empty = Segment(*(jnp.broadcast_to(x, (1, 1, 8)) for x in (*ended_at(0), np.zeros(8, np.float32))))
 
     def drawn(guidance, segment):
-        family = built.family(tiny.config(weights, redraw__guidance=guidance, redraw__steps=1))
+        family = family_of(tiny.config(weights, redraw__guidance=guidance, redraw__steps=1), built)
         return family.redraw(STARTING_WEIGHTS, built.frozen, segment, images(1), keys(1, 1))
 
     conditional, unconditional = drawn(1.0, segment), drawn(1.0, empty)
