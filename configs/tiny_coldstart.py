@@ -14,7 +14,8 @@ def get_config() -> ConfigDict:
     config.unlock()
     config.stage = "tower,captioner,decoder"
     config.remat = False  # memory is no concern at this size
-    config.redraw.prediction = "sample"
+    config.redraw.prediction = "sample"  # what the decoder learns to predict: the clean image
+    config.redraw.steps = 2
 
     # Fields of each model's config.json; shapes, names and forward passes are the real architectures'.
     config.models = ConfigDict()

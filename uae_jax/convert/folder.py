@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uae_jax.convert import table as tables
 from uae_jax.errors import UserError
@@ -89,7 +89,8 @@ def save_model(folder: Path, config: Any, params: tables.Params, dtype: Any = np
     _, table = ARCHITECTURES[architecture(raw)]
     tensors = tables.save(table(config), params)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.astype(dtype) for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    data = save({name: x.astype(dtype) for name, x in tensors.items()}, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(data)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
