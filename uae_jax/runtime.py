@@ -96,8 +96,20 @@ def keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def quiet_failed_saves() -> None:
+    """Drops the tracebacks of writes that end after their save has failed; the failure itself is raised."""
+    show_exception, show_unraisable = sys.excepthook, sys.unraisablehook
+
+    def late(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    sys.excepthook = lambda kind, error, trace: None if late(error) else show_exception(kind, error, trace)
+    sys.unraisablehook = lambda args: None if late(args.exc_value) else show_unraisable(args)
+
+
 def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Calls `main` and exits: 0 when done, 2 with one line when the user can fix it; bugs keep their traceback."""
+    quiet_failed_saves()
     try:
         main(arguments)
     except UserError as error:
