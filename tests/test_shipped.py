@@ -1,0 +1,39 @@
+"""The weights that come with the package: small, documented, and as good as their card says."""
+
+import re
+
+import numpy as np
+
+from configs import tiny
+from uae_jax import sharding, system
+from uae_jax.bench.held_out import Evaluator
+from uae_jax.convert import folder
+from uae_jax.data.shapes import grammar
+from uae_jax.stages import rl
+from uae_jax.step import STARTING_WEIGHTS
+
+
+def test_shipped_weights_are_small_and_safe():
+    files = [path for path in folder.shipped("tiny").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+
+
+def test_shipped_weights_do_what_their_card_says():
+    config = tiny.get_config()
+    config.data.held_out = config.eval.batch_size = 32
+    mesh = sharding.make_mesh(config)
+    built = system.load(config, mesh)
+    _, images, scenes = rl.load_data(config)
+    evaluator = Evaluator(config, built, mesh, images, scenes)
+    card = (folder.shipped("tiny") / "CARD.md").read_text()
+    ceiling = float(re.search(r"\| reward_ceiling \| ([\d.]+)", card)[1])
+    # 32 scenes of the card's 256.
+    assert abs(evaluator.reward_of_texts(STARTING_WEIGHTS, [grammar.complete(s) for s in scenes]) - ceiling) < 0.03
+    tokens, mask, truncated = evaluator.write(STARTING_WEIGHTS)
+    assert not truncated.any() and mask.sum(1).mean() < 25
+    texts = [built.tokenizer.decode(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
+    described = [grammar.parse(text) for text in texts]
+    assert all(d is not None for d in described)
+    named = np.mean([d.background == s.background for d, s in zip(described, scenes, strict=True) if d])
+    assert named > 0.95
