@@ -233,8 +233,8 @@ def unfinished(directory):
     return any("tmp" in path.name for path in directory.iterdir())
 
 
-def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes):
-    kills = int(os.environ.get("UAE_TEST_KILLS", "3"))
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes, kills):
     wanted = abstract(jax.tree.map(jnp.asarray, noise(0)))
     rng, halves, reached = np.random.default_rng(), 0, 0
     for _ in range(kills):

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import traverse_util
 
-from uae_jax.convert.table import Entry, flat_names
+from uae_jax.convert.table import flat_names, param_shape
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import model as clip_model
 from uae_jax.models.clip import weights as clip_weights
@@ -53,16 +52,6 @@ def inputs(config: Any) -> list[jax.ShapeDtypeStruct]:
     raise AssertionError(config)
 
 
-def our_shape(entry: Entry) -> tuple[int, ...]:
-    """Shape of a parameter: its stacking axes, then its tensor's shape as transformed (of a view, without memory)."""
-    stacked, names = [], entry.names
-    while not isinstance(names, str):
-        stacked.append(len(names))
-        names = names[0]
-    tensor = np.broadcast_to(np.float32(0), entry.shape)
-    return (*stacked, *entry.transform.to_jax(tensor).shape)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_table_equals_the_manifest_and_the_model(name):
     path = MANIFESTS / f"{name}.json.gz"
@@ -79,4 +68,4 @@ def test_table_equals_the_manifest_and_the_model(name):
 
     fresh = jax.eval_shape(model(config).init, jax.random.key(0), *inputs(config))
     shapes = {path: x.shape for path, x in traverse_util.flatten_dict(fresh["params"], sep="/").items()}
-    assert shapes == {entry.path: our_shape(entry) for entry in table}
+    assert shapes == {entry.path: param_shape(entry) for entry in table}
