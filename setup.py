@@ -1,5 +1,7 @@
 """Package definition; tool settings are in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
@@ -9,7 +11,7 @@ setup(
     name="uae_jax",
     version="0.1.0",
     description="Unified-GRPO in JAX: unified multimodal models trained as auto-encoders whose latent is text",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
