@@ -64,7 +64,7 @@ def test_neighbours_differ_in_one_attribute():
 
 def test_scene_batches_are_a_function_of_seed_and_step():
     fields = lambda scenes, rng, step: {"draw": rng.random(len(scenes))}  # noqa: E731
-    one, other = (coldstart.SceneBatches(3, 4, 48, fields) for _ in range(2))
+    one, other = (coldstart.SceneBatches(3, 4, 48, fields, coldstart.growing_scenes(8)) for _ in range(2))
     _ = other[7]
     for name in ("image", "draw"):
         np.testing.assert_array_equal(one[5][name], other[5][name])

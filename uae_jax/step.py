@@ -75,7 +75,7 @@ def score(
     if automaton is None:
         malformed = jnp.zeros_like(truncated)
     else:
-        length = (captions.mask & (captions.actions != end_token)).sum(-1)
+        length = tokens.content_lengths(captions, end_token)
         malformed = ~rewards.well_formed(captions.actions, length, automaton)
     valid = ~non_finite
     if config.rl.truncated == "mask":

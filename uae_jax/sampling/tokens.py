@@ -102,6 +102,11 @@ def lengths(segment: Segment) -> jax.Array:
     return segment.mask.sum(-1)
 
 
+def content_lengths(segment: Segment, end_token: int) -> jax.Array:
+    """Number of actions that count [...], the end token left out."""
+    return (segment.mask & (segment.actions != end_token)).sum(-1)
+
+
 def truncated(segment: Segment, end_token: int) -> jax.Array:
     """bool [...]: the sequence was cut off at the limit, without an end token."""
     return ~((segment.actions == end_token) & segment.mask).any(-1)

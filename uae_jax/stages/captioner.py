@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from uae_jax import optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
-from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
+from uae_jax.data.shapes.scene import Scene
 from uae_jax.data.text import encode_captions
 from uae_jax.models import initial
 from uae_jax.models.qwen2_5_vl import inputs
@@ -29,11 +29,6 @@ def build(
     """The stage as a program; the loss is the mean of the very log-probs that RL scores with."""
     settings = config.captioner
     size, length = config.data.image_size, grammar.LONGEST + 1
-
-    def scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
-        # Fewer objects first: attributes are learned on single objects, counting and order later.
-        most = 1 + min(3, 4 * step // max(settings.curriculum_steps, 1))
-        return [sample_scene(split_seed(seed, "train"), step * batch_size + i, most) for i in range(batch_size)]
 
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
         share = 1.0 if step < settings.see_steps else settings.terse_keeps_complete
@@ -62,7 +57,9 @@ def build(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={"start": params["encoder"]},
         step=coldstart.supervised_step(loss, optimizer),
-        batches=coldstart.SceneBatches(config.seed, settings.batch_size, size, fields, scenes),
+        batches=coldstart.SceneBatches(
+            config.seed, settings.batch_size, size, fields, coldstart.growing_scenes(settings.curriculum_steps)
+        ),
         steps=settings.see_steps + settings.terse_steps,
         columns={"loss": ("loss", ".4f"), "caption/length": ("length", ".1f")},
         evaluate=lambda state, writer: None,

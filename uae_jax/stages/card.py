@@ -5,13 +5,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from uae_jax import sharding, storage, system
 from uae_jax.bench.held_out import Evaluator, Results
 from uae_jax.convert import folder
-from uae_jax.data.shapes.scene import split_seed
-from uae_jax.data.sources import ShapesSource
+from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 
 PARTS = ("captioner", "projector", "transformer", "clip", "clip_second", "judge")
@@ -50,9 +47,7 @@ def write(config: Any, workdir: Path) -> None:
     config.weights = str(workdir / "weights")
     mesh = sharding.make_mesh(config)
     built = system.load(config, mesh)
-    source = ShapesSource(split_seed(config.seed, "eval"), config.data.held_out, config.data.image_size)
-    examples = [source[i] for i in range(len(source))]
-    images, scenes = np.stack([e["image"] for e in examples]), [e["scene"] for e in examples]
+    _, images, scenes = rl.load_data(config)
     results = Evaluator(config, built, mesh, images, scenes).run(STARTING_WEIGHTS)
     seconds = {
         stage: trained_seconds(workdir / stage, config[stage].batch_size) for stage in ("tower", "captioner", "decoder")

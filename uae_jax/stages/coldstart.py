@@ -10,7 +10,7 @@ import optax
 
 from uae_jax.convert import folder
 from uae_jax.data.shapes.render import render
-from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
+from uae_jax.data.shapes.scene import MAX_OBJECTS, Scene, sample_scene, split_seed
 from uae_jax.step import Metrics, State, apply_gradient
 from uae_jax.umm import Params
 
@@ -26,15 +26,15 @@ class SceneBatches:
         batch_size: int,
         image_size: int,
         fields: Callable[[list[Scene], np.random.Generator, int], dict[str, np.ndarray]],
-        scenes: Callable[[int, int, int], list[Scene]] | None = None,
+        scenes: Callable[[int, int, int], list[Scene]],
     ):
         """
         Args:
           fields: (scenes, rng, step) -> further arrays [b, ...] of the batch.
-          scenes: (seed, step, batch_size) -> scenes; uniform by default.
+          scenes: (seed, step, batch_size) -> scenes.
         """
-        self.seed, self.batch_size, self.image_size, self.fields = seed, batch_size, image_size, fields
-        self.scenes = scenes or uniform_scenes
+        self.seed, self.batch_size, self.image_size = seed, batch_size, image_size
+        self.fields, self.scenes = fields, scenes
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         scenes = self.scenes(self.seed, step, self.batch_size)
@@ -45,6 +45,19 @@ class SceneBatches:
 def uniform_scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
     """The next `batch_size` scenes of the training split."""
     return [sample_scene(split_seed(seed, "train"), step * batch_size + i) for i in range(batch_size)]
+
+
+def growing_scenes(curriculum_steps: int) -> Callable[[int, int, int], list[Scene]]:
+    """`uniform_scenes` with up to one object at first and up to all of them from the last quarter of the curriculum.
+
+    Attributes are learned on single objects, counting and order later.
+    """
+
+    def scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
+        most = 1 + min(MAX_OBJECTS - 1, MAX_OBJECTS * step // max(curriculum_steps, 1))
+        return [sample_scene(split_seed(seed, "train"), step * batch_size + i, most) for i in range(batch_size)]
+
+    return scenes
 
 
 def model_config(config: Any, name: str) -> Any:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from uae_jax import optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
-from uae_jax.data.shapes.scene import Scene, sample_scene, split_seed
+from uae_jax.data.shapes.scene import Scene
 from uae_jax.data.text import encode_captions
 from uae_jax.models import apply, initial
 from uae_jax.stages import Program, card, coldstart
@@ -63,10 +63,6 @@ def build(
         ]
         tokens, mask = encode_captions(tokenizer, texts, length, prompts.end_token)
         return {"tokens": tokens, "length": mask.sum(1).astype(np.int32) - 1}
-
-    def scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
-        most = 1 + min(3, 4 * step // max(settings.curriculum_steps, 1))
-        return [sample_scene(split_seed(seed, "train"), step * batch_size + i, most) for i in range(batch_size)]
 
     def loss(params: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         clean = diffusion.latents_from_pixels(batch["image"])
@@ -119,7 +115,11 @@ def build(
         frozen={"start": captioner_params, "whitening": fixed},
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(
-            config.seed, settings.batch_size, size, lambda scenes, rng, step: captions(scenes, rng), scenes
+            config.seed,
+            settings.batch_size,
+            size,
+            lambda scenes, rng, step: captions(scenes, rng),
+            coldstart.growing_scenes(settings.curriculum_steps),
         ),
         steps=settings.steps,
         columns={"loss": ("loss", ".4f"), "error/objects": ("objects", ".4f")},

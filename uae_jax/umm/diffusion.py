@@ -109,11 +109,6 @@ def captions_as_text(
     return jnp.take_along_axis(source, jnp.where(mask, index, t + p + s), axis=-1), mask
 
 
-def content_lengths(captions: Segment, end_token: int) -> jax.Array:
-    """Length of each caption without its end token [...]."""
-    return (captions.mask & (captions.actions != end_token)).sum(-1)
-
-
 def text_states(captioner: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """Last-layer states [..., t, d] of left-aligned text without any image; padding is never attended to."""
     t = ids.shape[-1]
@@ -230,7 +225,7 @@ def build(
     def conditions(params: Params, frozen: Params, captions: Segment, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The text encoder's states [b, g, s, d] and their mask."""
         weights = frozen["start"] if config.text_encoder == "frozen" else full(params, frozen)
-        length = content_lengths(captions, prompts.end_token)
+        length = tokens.content_lengths(captions, prompts.end_token)
         if config.condition_source == "in_context":
             _, states = caption_states(weights, images, captions.actions)
             return states, jnp.arange(states.shape[-2]) < length[..., None]
