@@ -9,10 +9,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
+from hypothesis import settings
 
 from tests import tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# The same examples on every machine; --hypothesis-profile=explore draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
