@@ -129,7 +129,8 @@ def get_config() -> ConfigDict:
     config.captioner.see_steps = 1000  # on complete captions
     config.captioner.terse_steps = 225  # on mostly short ones
     config.captioner.terse_learning_rate = 2e-3  # falls to 0 over the terse phase
-    config.captioner.terse_keeps_complete = 0.15  # share of complete captions in the terse phase
+    config.captioner.terse_keeps_complete = 0.1  # share of complete captions in the terse phase
+    config.captioner.terse_detail = 0.2  # probability of each attribute in the others
     config.captioner.curriculum_steps = 200  # up to one object at first, up to four from here on
     config.captioner.batch_size = 64
     config.captioner.optimizer = base.optimizer("muon", 1e-2, warmup=30)

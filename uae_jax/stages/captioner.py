@@ -1,4 +1,4 @@
-"""Stage `captioner`: first see (complete captions), then be terse (mostly one object), so that details pay in RL."""
+"""Stage `captioner`: first see (complete captions), then be terse (mostly one object, little of it), so that details pay in RL."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ def build(
 
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
         share = 1.0 if step < settings.see_steps else settings.terse_keeps_complete
-        texts = [grammar.complete(s) if rng.random() < share else grammar.terse(s, rng) for s in scenes]
+        texts = [
+            grammar.complete(s) if rng.random() < share else grammar.terse(s, rng, settings.terse_detail) for s in scenes
+        ]
         tokens, mask = encode_captions(tokenizer, texts, length, end_token)
         return {"tokens": tokens, "mask": mask}
 

@@ -93,10 +93,14 @@ def complete(scene: Scene) -> str:
     return describe(scene)
 
 
-def terse(scene: Scene, rng: np.random.Generator) -> str:
-    """One random object with a random subset of its attributes (its shape always), and the background."""
-    names = [name for name in OPTIONAL if rng.random() < 0.5]
-    return describe(scene, [int(rng.integers(len(scene.objects)))], names)
+def terse(scene: Scene, rng: np.random.Generator, detail: float) -> str:
+    """The object that strikes first (a large one before small ones, then by cell) and the background.
+
+    Its shape is named always, each further attribute with probability `detail`.
+    """
+    striking = max(range(len(scene.objects)), key=lambda i: scene.objects[i].size)
+    names = [name for name in OPTIONAL if rng.random() < detail]
+    return describe(scene, [striking], names)
 
 
 def caption(scene: Scene, rng: np.random.Generator, detail: float) -> str:
