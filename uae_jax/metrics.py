@@ -1,6 +1,7 @@
 """The one writer of a run: JSON lines, TensorBoard and the terminal."""
 
 import datetime
+import io
 import json
 import math
 import os
@@ -163,6 +164,14 @@ class Writer:
         height, width, _ = picture.shape
         png = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encode_png(picture))
         self._summary(step, [Summary.Value(tag=name, image=png)])
+
+    def arrays(self, step: int, name: str, **arrays: Any) -> None:
+        """Keeps arrays (of numbers or texts) as samples/{name}_{step:06d}.npz."""
+        if not self.active:
+            return
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(self.workdir / "samples" / f"{name}_{step:06d}.npz", buffer.getvalue())
 
     def message(self, text: str) -> None:
         """Prints a line, above the live display where there is one."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from uae_jax import sharding, storage, system
-from uae_jax.bench.held_out import Evaluator, Results
+from uae_jax.bench.held_out import Evaluator
+from uae_jax.bench.scores import Scores
 from uae_jax.convert import folder
 from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
@@ -48,7 +49,7 @@ def write(config: Any, workdir: Path) -> None:
     mesh = sharding.make_mesh(config)
     built = system.load(config, mesh)
     _, images, scenes = rl.load_data(config)
-    results = Evaluator(config, built, mesh, images, scenes).run(STARTING_WEIGHTS)
+    evaluation = Evaluator(config, built, mesh, images, scenes).run(STARTING_WEIGHTS)
     seconds = {
         stage: trained_seconds(workdir / stage, config[stage].batch_size) for stage in ("tower", "captioner", "decoder")
     }
@@ -64,20 +65,19 @@ def write(config: Any, workdir: Path) -> None:
         parts="\n".join(parts),
         object_weight=config.decoder.object_weight,
         images=len(images),
-        scores=scores(results),
+        scores=rows(evaluation.scores),
     )
     path = workdir / "weights" / "CARD.md"
     with storage.storage_errors(path):
         path.write_text(text)
 
 
-def scores(results: Results) -> str:
+def rows(scores: Scores) -> str:
     """Markdown rows of all numbers."""
-    rows = [f"| {name} | {value:.3f} |" for name, value in results.items() if isinstance(value, float)]
-    rows += [f"| control: {name} | {value:.3f} |" for name, value in results["controls"].items()]
-    for group in ("perception", "redraw_accuracy"):
-        rows += [f"| {group}: {name} | {value:.3f} |" for name, value in results["by_category"][group].items()]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    lines = [
+        f"| {name.replace('/', ': ')} | {score.mean:.3f} |" for name, score in scores.items() if score.mean is not None
+    ]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def trained_seconds(stage: Path, batch_size: int) -> float:
