@@ -30,7 +30,8 @@ def honest():
     }  # fmt: skip
     after = before | {
         "reward": noisy(0.9), "reward_second_tower": noisy(0.9), "caption_length": noisy(20),
-        "caption_recall": share(0.9), "redraw_accuracy": share(0.8), "by_category/facts/small_objects/recall": share(0.9),
+        "caption_recall": share(0.9), "redraw_accuracy": share(0.8),
+        "by_category/facts/small_objects/recall": share(0.9),
     }  # fmt: skip
     return before, after
 
