@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from flax import traverse_util
 
 from uae_jax.errors import UserError
-from uae_jax.storage import storage_errors, write_atomic
+from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _SHOWN = 3  # differences named in one error
 
@@ -90,11 +90,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            self.close()
-        except UserError:
-            if kind is None:  # an error on its way out is the one to be seen
-                raise
+        close_at_exit(self.close, kind)
 
     def close(self) -> None:
         """Waits for the save in progress. Raises UserError if it failed; the checkpoint before it stands."""

@@ -22,9 +22,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from uae_jax.errors import UserError
 from uae_jax.pictures import encode_png, save_png
-from uae_jax.storage import storage_errors, write_atomic
+from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _FLUSH_SECONDS = 10.0  # TensorBoard's file; each flush waits for the disk
 _BARS, _SPARK_WIDTH = "▁▂▃▄▅▆▇█", 48
@@ -121,11 +120,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            self.close()
-        except UserError:
-            if kind is None:  # an error on its way out is the one to be seen
-                raise
+        close_at_exit(self.close, kind)
 
     def close(self) -> None:
         """Ends the live display and closes the files."""

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from uae_jax.errors import UserError
@@ -75,4 +75,13 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
+            raise
+
+
+def close_at_exit(close: Callable[[], None], kind: type[BaseException] | None) -> None:
+    """Closes; a UserError of it is dropped where an exception of `kind` is on its way out, for that is to be seen."""
+    try:
+        close()
+    except UserError:
+        if kind is None:
             raise
