@@ -4,6 +4,8 @@
 
 Trains configs/tiny.py once a seed, each on its own scenes with its own held-out split, writes the report (table.md,
 curves.png, redraws.png: what the README shows) and claims.md to --out. About 6 minutes a seed on two CPU cores.
+With `--config.weights=DIR --beside=runs/learns` it starts from other weights, and beside.md compares both on the same
+held-out scenes.
 """
 
 import subprocess
@@ -21,6 +23,7 @@ from uae_jax.errors import UserError
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "runs/learns", "folder of the runs and of the report", flag_values=FLAGS)
 flags.DEFINE_list("seeds", ["11", "12", "13"], "one run each", flag_values=FLAGS)
+flags.DEFINE_string("beside", "", "--out of earlier runs with the same seeds, to compare with", flag_values=FLAGS)
 flags.DEFINE_integer("held_out", 2048, "held-out scenes a run", lower_bound=2, flag_values=FLAGS)
 
 Claim = Callable[[Scores, Scores, float], tuple[str, bool]]
@@ -127,6 +130,17 @@ def claims(runs: list[report.Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def beside(first: list[report.Run], second: list[report.Run]) -> str:
+    """Markdown: where two starts begin and end, and the paired difference of their ends on the same held-out scenes."""
+    starts = [scores.pooled([run.before for run in runs]) for runs in (first, second)]
+    ends = [scores.pooled([run.after for run in runs]) for runs in (first, second)]
+    lines = ["| | first, before | second, before | first, after | second, after | difference | 95% interval |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for begun, ended in zip(scores.table(*starts), scores.table(*ends), strict=True):
+        lines.append(f"| {' | '.join([*begun[:3], *ended[1:]])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> None:
     """Trains, reports and checks."""
     own = [argument for argument in arguments if not argument.startswith("--config.")]
@@ -146,6 +160,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"the run in {workdir} ended with exit code {done.returncode}; the same command resumes it")
     runs = report.write(workdirs, out)
     storage.write_atomic(out / "claims.md", claims(runs).encode())
+    if FLAGS.beside:
+        others = [report.load(Path(FLAGS.beside) / workdir.name) for workdir in workdirs]
+        storage.write_atomic(out / "beside.md", beside(others, runs).encode())
     print((out / "table.md").read_text(), (out / "claims.md").read_text(), f"wrote {out}", sep="\n")
 
 
