@@ -130,7 +130,8 @@ class Evaluator:
             shuffled = np.roll(np.arange(len(texts)), 1)
             other = self.draw(params, tokens[shuffled], mask[shuffled])
             found["controls/captions_of_other_images"] = each(self.reward_of(other))
-        return Evaluation(found, texts)
+        # Headlines, then controls and ceilings, then categories.
+        return Evaluation(dict(sorted(found.items(), key=lambda item: item[0].count("/"))), texts)
 
     def truth(self, params: Params, texts: list[str], drawn: dict[str, Any]) -> Scores:
         """What can be said because the scenes are known."""
@@ -144,6 +145,7 @@ class Evaluator:
         perception = self.perception(params, scenes)
         judged = judge_accuracy(drawn["judged"], scenes)
         complete = [grammar.complete(s) for s in scenes]
+        best = self.draw(params, *self.encode(complete))
         controls = {
             "with_true_background": [facts.with_true_background(t, s) for t, s in zip(texts, scenes, strict=True)],
             "objects_of_another_image": [
@@ -152,7 +154,7 @@ class Evaluator:
             "background_only": [facts.background_only(s) for s in scenes],
         }
         found: Scores = {
-            "reward_ceiling": each(self.reward_of_texts(params, complete)),
+            "reward_ceiling": each(self.reward_of(best)),
             "complete_length": each(self.encode(complete)[1].sum(1)),
             "caption_recall": everything["recall"],
             "caption_precision": everything["precision"],
@@ -160,6 +162,8 @@ class Evaluator:
             "perception": total(perception.values()),
             "redraw_accuracy": total(judged.values()),
         }
+        found |= {f"ceiling/{name}": each(best["towers"][name]) for name in self.config.monitor[:1]}
+        found["ceiling/redraw_accuracy"] = total(judge_accuracy(best["judged"], scenes).values())
         for name, captions in controls.items():
             found[f"controls/{name}"] = each(self.reward_of_texts(params, captions))
         for name, rates in by_fact.items():

@@ -111,7 +111,14 @@ def table(before: Scores, after: Scores) -> list[list[str]]:
             if moved is None
             else [number(moved.mean, "+"), f"{number(moved.low, '+')} to {number(moved.high, '+')}"]
         )
-        rows.append([name.replace("/", " / "), number(before[name].mean), number(after[name].mean), *cells])
+        rows.append(
+            [
+                name.removeprefix("by_category/").replace("/", " / "),
+                number(before[name].mean),
+                number(after[name].mean),
+                *cells,
+            ]
+        )
     return rows
 
 

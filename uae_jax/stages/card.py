@@ -31,6 +31,9 @@ float32), under the names of the reference classes. Remake them with the same co
 
 - Scenes are rendered; captions of all stages come from their ground truth. The judge is trained on ground-truth
   attributes, towers on complete true captions among scenes that differ in one attribute.
+- The captioner is made terse on purpose after it has learned to see: of the captions of its last phase {complete:.0%}
+  are complete, the others name the most striking object, each of its attributes with probability {detail}, and the
+  background. Reinforcement learning starts from there.
 - The decoder's squared error weighs pixels of objects {object_weight} times (told from the background by colour);
   scenes grow from one object to four. The projector's whitening was fitted once on 2,000 captions.
 - Policy, reward tower, unseen tower and judge share no weights. The text encoder is the captioner itself, frozen.
@@ -63,6 +66,8 @@ def write(config: Any, workdir: Path) -> None:
         minutes=round(sum(seconds.values()) / 60),
         stages=", ".join(f"{stage} {round(value / 60)}" for stage, value in seconds.items()),
         parts="\n".join(parts),
+        complete=config.captioner.terse_keeps_complete,
+        detail=config.captioner.terse_detail,
         object_weight=config.decoder.object_weight,
         images=len(images),
         scores=rows(evaluation.scores),
