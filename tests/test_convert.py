@@ -104,7 +104,7 @@ def test_key_layouts():
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     newer=st.booleans(),
     tied=st.sampled_from(["untied", "tied", "stored twice"]),

@@ -4,8 +4,8 @@
     python -m uae_jax.convert export OUT_DIR|WEIGHTS_DIR|WORKDIR HF_DIR [--adapter]
 
 `import` checks a downloaded folder and copies it: OUT_DIR is one model's folder, such as WEIGHTS_DIR/captioner where
-config.weights = WEIGHTS_DIR. `export` writes a folder that transformers loads: of an imported model, of the captioner in
-a folder of weights, or of the captioner that a run has trained (its newest checkpoint over the weights it started
+config.weights = WEIGHTS_DIR. `export` writes a folder that transformers loads: of an imported model, of the captioner
+in a folder of weights, or of the captioner that a run has trained (its newest checkpoint over the weights it started
 from, adapters merged). With `--adapter` the adapters alone are written, as a PEFT folder.
 """
 

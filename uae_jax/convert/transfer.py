@@ -32,7 +32,8 @@ class Trained(NamedTuple):
     alpha: float  # of the adapters
 
 
-NOTHING = Trained({}, {}.__getitem__, 1.0)
+_NO_LEAVES: dict[str, np.ndarray] = {}
+NOTHING = Trained({}, _NO_LEAVES.__getitem__, 1.0)
 
 
 def copy_model(source: Path, target: Path, trained: Trained = NOTHING, shard_bytes: int = files.SHARD_BYTES) -> str:
