@@ -155,7 +155,7 @@ def test_tokenizer_and_processor_load_as_they_stand(original, exported):
     found = []
     for path in (original, exported):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        processor = processing.Qwen2VLImageProcessorPil.from_pretrained(path)
+        processor = transformers.AutoImageProcessor.from_pretrained(path)
         pixels = processor(images=[image], return_tensors="np")
         generation = transformers.GenerationConfig.from_pretrained(path).to_dict()
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
