@@ -15,6 +15,8 @@ from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier import model as cell_classifier
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.flux import config as flux_config
+from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -26,6 +28,7 @@ WEIGHTS = "model.safetensors"
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "Qwen2_5_VLForConditionalGeneration": (qwen_config.Config, qwen_weights.table),
     "SD3Transformer2DModel": (sd3_config.Config, sd3_weights.table),
+    "FluxTransformer2DModel": (flux_config.Config, flux_weights.table),
     "CLIPModel": (clip_config.Config, clip_weights.table),
     "Projector": (projector.Config, projector.table),
     "CellClassifier": (cell_classifier.Config, cell_classifier.table),
