@@ -22,6 +22,10 @@ from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.t5 import config as t5_config
+from uae_jax.models.t5 import weights as t5_weights
+from uae_jax.models.vae import config as vae_config
+from uae_jax.models.vae import weights as vae_weights
 
 WEIGHTS = "model.safetensors"
 # config.json's architecture -> its config class and its name table.
@@ -29,7 +33,11 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "Qwen2_5_VLForConditionalGeneration": (qwen_config.Config, qwen_weights.table),
     "SD3Transformer2DModel": (sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": (flux_config.Config, flux_weights.table),
+    "AutoencoderKL": (vae_config.Config, vae_weights.table),
     "CLIPModel": (clip_config.Config, clip_weights.table),
+    "CLIPTextModel": (clip_config.TextModelConfig, clip_weights.text_table),
+    "CLIPTextModelWithProjection": (clip_config.TextModelConfig, clip_weights.text_table),
+    "T5EncoderModel": (t5_config.Config, t5_weights.table),
     "Projector": (projector.Config, projector.table),
     "CellClassifier": (cell_classifier.Config, cell_classifier.table),
 }
