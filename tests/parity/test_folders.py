@@ -53,6 +53,18 @@ def test_out_and_in_again(name, tmp_path):
         assert value.dtype == expected[key].dtype and np.array_equal(value, expected[key]), key
 
 
+def test_fluxs_text_tower_is_written_as_on_the_hub(tmp_path):
+    """Under the prefix that transformers 5 leaves out of its own files, and reads."""
+    config = test_text_encoders.clip_variant(40, "gelu", projection=None)
+    reference, params = test_text_encoders.build_clip(config)
+    folder.save_model(tmp_path, config, params)
+    assert folder.load_model(tmp_path).config == config
+    loaded, report = transformers.CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    for key, value in tensors(loaded).items():
+        assert np.array_equal(value, tensors(reference)[key]), key
+
+
 def test_a_transformer_of_another_kind(tmp_path):
     """FLUX's weights under SD3's config: one line that says what does not fit."""
     reference = diffusers.FluxTransformer2DModel.from_config(test_flux.DEV.to_hf())
