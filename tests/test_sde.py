@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uae_jax.models import initial
+from uae_jax.models.sd3.config import Config
+from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.sampling import flow, sde
 
 BATCH, LATENT = (2, 3), (4, 4, 5)
@@ -138,6 +141,44 @@ def test_samples_have_the_distribution_of_the_data(noise):
     final = np.asarray(path.latents[:, -1])
     np.testing.assert_allclose(final.mean(), 2.0, atol=0.02)
     np.testing.assert_allclose(final.std(), 0.5, atol=0.02)
+
+
+def test_a_decoder_as_a_policy():
+    """A tiny SD3: a group's paths scored as they were sampled, and the gradient that an update would follow."""
+    config = Config(
+        sample_size=4,
+        patch_size=2,
+        in_channels=5,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        out_channels=5,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    model = SD3Transformer(config)
+    rng = np.random.default_rng(1)
+    text, pooled = (rng.standard_normal((*BATCH, *shape)).astype(np.float32) for shape in ((7, 6), (6,)))
+    params = initial(model, jax.random.key(0), INITIAL, text, pooled, np.zeros(BATCH))
+    levels, noise = flow.sigmas(4, 3.0, "uniform"), np.array([0.7, 0.7, 0.7, 0])
+
+    def velocity(params):
+        return lambda x, s: model.apply({"params": params}, x, text, pooled, jnp.broadcast_to(s * 1000, BATCH))
+
+    path = jax.jit(lambda p: sde.sample(velocity(p), INITIAL, levels, noise, KEYS))(params)
+
+    def loss(params):
+        ratio = jnp.exp(sde.score(velocity(params), path.latents, levels, noise).log_probs - path.log_probs)
+        return -ratio.mean(), ratio
+
+    (_, ratio), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert ratio.shape == (*BATCH, 3)
+    np.testing.assert_allclose(ratio, 1, rtol=0, atol=1e-4)
+    sizes = [float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)]
+    assert np.isfinite(sizes).all() and max(sizes) > 1e-4
 
 
 def test_noise_is_one_number_a_step():

@@ -60,7 +60,7 @@ def tiled(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int, t
 
 def _blend(before: jax.Array, after: jax.Array, extent: int, axis: int) -> jax.Array:
     """`after`, whose first pixels along an axis fade in from the last ones of `before`."""
-    extent = min(before.shape[axis], after.shape[axis], extent)
+    extent = min(after.shape[axis], extent)  # the last tile may be shorter than what is blended
     ramp = np.arange(extent, dtype=np.float32) / extent
     ramp = np.expand_dims(ramp, tuple(range(1, -axis)))
     tail = jax.lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
