@@ -29,8 +29,6 @@ from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
 
-WEIGHTS = "model.safetensors"
-
 
 class Architecture(NamedTuple):
     """How a class of config.json is read."""
@@ -172,12 +170,14 @@ def load_model(folder: Path, mesh: Mesh | None = None, dtype: Any = np.float32) 
 
 
 def save_model(folder: Path, config: Any, params: tables.Params, dtype: Any = np.float32) -> None:
-    """Writes config.json and one safetensors file, in the layout that `load_model` and Hugging Face read."""
+    """Writes config.json and one safetensors file, in the layout that `load_model`, transformers and diffusers read."""
     raw = config.to_hf()
     tensors = tables.save(ARCHITECTURES[architecture(raw)].table(config), params)
     folder.mkdir(parents=True, exist_ok=True)
+    transformers_stem, diffusers_stem = files.STEMS
+    stem = diffusers_stem if "_class_name" in raw else transformers_stem
     data = save({name: x.astype(dtype) for name, x in tensors.items()}, metadata={"format": "pt"})
-    (folder / WEIGHTS).write_bytes(data)
+    (folder / f"{stem}.safetensors").write_bytes(data)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
