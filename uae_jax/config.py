@@ -31,6 +31,10 @@ def default() -> ConfigDict:
     # The loop: image -> caption -> redrawn image.
     c.train = "encoder"  # which side RL updates
     c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters (LoRA), which then are all that is trained; 0: none, train `trainable`
+    c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
+    c.lora.target = r"language/layers/.*"  # regex over the encoder's parameter paths: kernels that get an adapter
     c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
     c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
     c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
@@ -148,6 +152,8 @@ def validate(c: ConfigDict) -> None:
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
     _require(rl.advantage_eps >= 0, "rl.advantage_eps", rl.advantage_eps, "must not be negative")
+    _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
+    _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
@@ -171,10 +177,11 @@ def validate(c: ConfigDict) -> None:
     _require(
         c.data.source != "folder" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )
-    try:
-        re.compile(c.trainable)
-    except re.error as error:
-        raise UserError(f"config.trainable = {c.trainable!r} is no regular expression: {error}") from None
+    for field, pattern in (("trainable", c.trainable), ("lora.target", c.lora.target)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.{field} = {pattern!r} is no regular expression: {error}") from None
 
 
 def stages(c: ConfigDict) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from tokenizers import Tokenizer
 
-from uae_jax import rewards, sharding
+from uae_jax import lora, rewards, sharding
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
@@ -98,6 +98,17 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         automaton=automaton,
         frozen=sharding.place(frozen, mesh),
     )
+
+
+def trained(start: Params, config: Any) -> Params:
+    """What training changes of the captioner: fresh adapters with `config.lora.rank`, else copies by `config.trainable`.
+
+    Raises:
+      UserError: a regex matches nothing.
+    """
+    if not config.lora.rank:
+        return trainable(start, config.trainable)
+    return lora.initial(start, config.lora.rank, config.lora.target, jax.random.key(config.seed))
 
 
 def trainable(params: Params, pattern: str) -> Params:

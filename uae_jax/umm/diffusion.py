@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax import sharding
+from uae_jax import lora, sharding
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
@@ -81,10 +81,10 @@ def allowed_tokens(tokenizer: Tokenizer, vocab_size: int, end_token: int) -> np.
 
 
 def merge(base: Params, changed: Params) -> Params:
-    """`base` with the leaves that `changed`, a part of the same tree, holds."""
+    """`base` with the leaves that `changed` holds: of the same tree, or adapters beside its kernels."""
     if not isinstance(changed, dict):
         return changed
-    return base | {name: merge(base[name], value) for name, value in changed.items()}
+    return base | {name: merge(base.get(name, {}), value) for name, value in changed.items()}
 
 
 def captions_as_text(
@@ -147,7 +147,7 @@ def build(
     sampling_temperature = settings.temperature if temperature is None else temperature
 
     def full(params: Params, frozen: Params) -> Params:
-        return merge(frozen["start"], params["encoder"])
+        return merge(frozen["start"], lora.scaled(params["encoder"], config.lora.alpha))
 
     def call(weights: Params, *args: Any, method: str) -> Any:
         return apply(captioner, weights, *args, method=method)
