@@ -78,7 +78,7 @@ def test_adapters_lie_beside_the_kernels(weights, built):
     assert adapters["visual/blocks/windowed/attn/qkv/lora_a"].ndim == 4  # period, block, in, r
     for path, x in adapters.items():
         assert np.any(x) == path.endswith("lora_a") and x.dtype == jnp.float32
-    drawn = [x for path, x in adapters.items() if path.endswith("q_proj/lora_a")][0]
+    drawn = next(x for path, x in adapters.items() if path.endswith("q_proj/lora_a"))
     assert np.abs(drawn).max() < inputs**-0.5 and not np.array_equal(drawn[0], drawn[1])
     some = system.trained(start, tiny.config(weights, lora__rank=2, lora__target=".*self_attn/[qv]_proj"))
     assert {path.split("/")[-2] for path in flat(some)} == {"q_proj", "v_proj"}

@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA): a kernel [..., in, out] becomes kernel + (alpha / r) a @ b, of which a and b are trained.
 
-Adapters are a tree of their own, `.../q_proj/lora_a` [..., in, r] and `.../q_proj/lora_b` [..., r, out] beside the path of
-the kernel, leading axes (layers that are scanned) kept. Laid over the frozen weights they make the trained model;
-without them the same weights are the reference policy and the text encoder. `models.dense.Dense` applies them as
-x @ kernel + (x @ a) @ b: no merged kernel ever exists, and sampler and scorer compute the same.
+Adapters are a tree of their own: for a kernel at `.../q_proj/kernel`, `.../q_proj/lora_a` [..., in, r] and
+`.../q_proj/lora_b` [..., r, out], with the kernel's leading axes (layers that are scanned). Laid over the frozen weights
+they make the trained model; without them the same weights are the reference policy and the text encoder.
+`models.dense.Dense` applies them as x @ kernel + (x @ a) @ b: no merged kernel ever exists, and sampler and scorer
+compute the same.
 """
 
 import re
@@ -33,7 +34,7 @@ def initial(params: Params, rank: int, target: str, key: jax.Array) -> Params:
     chosen = [path for path in kernels if re.match(target, path)]
     if not chosen:
         raise UserError(f"config.lora.target = {target!r} matches no kernel; their paths look like {kernels[0]}")
-    adapters = {}
+    adapters: Params = {}
     for i, path in enumerate(chosen):
         *layers, inputs, outputs = shapes[path]
         bound = inputs**-0.5

@@ -19,7 +19,7 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def matrices(params: Params) -> Params:
-    """Which leaves Muon orthogonalises: kernels of linear layers and their adapters, stacked or not; the rest gets Adam."""
+    """Which leaves Muon orthogonalises: kernels of linear layers and their adapters; the rest gets Adam."""
 
     def dimensions(path: Any, leaf: jax.Array) -> MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

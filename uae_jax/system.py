@@ -101,7 +101,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
 
 
 def trained(start: Params, config: Any) -> Params:
-    """What training changes of the captioner: fresh adapters with `config.lora.rank`, else copies by `config.trainable`.
+    """What training changes of the captioner: fresh adapters (`config.lora.rank`), or copies of `config.trainable`.
 
     Raises:
       UserError: a regex matches nothing.
