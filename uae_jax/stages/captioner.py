@@ -33,8 +33,7 @@ def build(
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
         share = 1.0 if step < settings.see_steps else settings.terse_keeps_complete
         texts = [
-            grammar.complete(s) if rng.random() < share else grammar.terse(s, rng, settings.terse_detail)
-            for s in scenes
+            grammar.complete(s) if rng.random() < share else grammar.terse(s, rng, settings.terse_detail) for s in scenes
         ]
         tokens, mask = encode_captions(tokenizer, texts, length, end_token)
         return {"tokens": tokens, "mask": mask}
