@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): a kernel [..., in, out] becomes kernel + (alpha / r) a @ b, of which a and b are trained.
 
 Adapters are a tree of their own: for a kernel at `.../q_proj/kernel`, `.../q_proj/lora_a` [..., in, r] and
-`.../q_proj/lora_b` [..., r, out], with the kernel's leading axes (layers that are scanned). Laid over the frozen weights
-they make the trained model; without them the same weights are the reference policy and the text encoder.
+`.../q_proj/lora_b` [..., r, out], with the kernel's leading axes (layers that are scanned). Laid over the frozen
+weights they make the trained model; without them the same weights are the reference policy and the text encoder.
 `models.dense.Dense` applies them as x @ kernel + (x @ a) @ b: no merged kernel ever exists, and sampler and scorer
 compute the same.
 """

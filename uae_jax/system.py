@@ -19,7 +19,7 @@ from uae_jax.models.clip.model import CLIP
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.sd3.model import SD3Transformer
-from uae_jax.umm import Family, Params, diffusion
+from uae_jax.umm import Family, Params, caption, diffusion
 
 
 class System(NamedTuple):
@@ -34,9 +34,16 @@ class System(NamedTuple):
     automaton: rewards.Automaton | None  # the data's grammar, where it has one
     frozen: Params  # on the mesh
 
-    def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
+    def family(
+        self,
+        config: Any,
+        mesh: jax.sharding.Mesh | None = None,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Family:
         """The family's functions; see `diffusion.build`."""
-        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature, top_k, top_p)
 
 
 def weights_folder(config: Any) -> Path:
@@ -92,7 +99,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         modules=modules,
         prompts=diffusion.Prompts.build(tokenizer, config, captioner.config),
         tokenizer=tokenizer,
-        allowed=diffusion.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
+        allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
         towers={n: rewards.clip_tower(CLIP(m.config, dtype)) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
