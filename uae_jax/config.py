@@ -88,6 +88,8 @@ def default() -> ConfigDict:
     c.eval.pictures = 8  # how many
     c.eval.batch_size = 64  # images at once
     c.eval.temperature = 0.0  # of captions in evaluation; 0 = the most likely token
+    c.eval.top_k = 0  # captions in evaluation are drawn among the k most likely tokens; 0 = all
+    c.eval.top_p = 1.0  # ... among the fewest tokens whose probabilities reach p; 1 = all
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between (asynchronous) saves; the last step and a stop are always saved
@@ -145,6 +147,10 @@ def validate(c: ConfigDict) -> None:
     _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
     _require(0 < rl.clip_low < 1, "rl.clip_low", rl.clip_low, "must lie between 0 and 1")
     _require(rl.clip_high > 0, "rl.clip_high", rl.clip_high, "must be above 0")
+    for field in ("top_k", "top_p"):
+        _require(
+            field not in rl, f"rl.{field}", rl.get(field), f"a rollout draws from all tokens; see config.eval.{field}"
+        )
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
     for field in ("max_tokens", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
@@ -159,6 +165,8 @@ def validate(c: ConfigDict) -> None:
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
+    _require(c.eval.top_k >= 0, "eval.top_k", c.eval.top_k, "must not be negative; 0 keeps all tokens")
+    _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "must lie between 0 and 1; 1 keeps all tokens")
     _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")

@@ -34,16 +34,9 @@ class System(NamedTuple):
     automaton: rewards.Automaton | None  # the data's grammar, where it has one
     frozen: Params  # on the mesh
 
-    def family(
-        self,
-        config: Any,
-        mesh: jax.sharding.Mesh | None = None,
-        temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
-    ) -> Family:
+    def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
         """The family's functions; see `diffusion.build`."""
-        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature, top_k, top_p)
+        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
 
 
 def weights_folder(config: Any) -> Path:

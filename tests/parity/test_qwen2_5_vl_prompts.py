@@ -16,7 +16,7 @@ from tests.parity.test_qwen2_5_vl import END, EOS, IMAGE, PAD, START, TOLERANCE,
 from uae_jax.convert.table import load
 from uae_jax.errors import UserError
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
-from uae_jax.models.qwen2_5_vl.prompts import Budget, Processor, batch, encode_chat, expand, needed
+from uae_jax.models.qwen2_5_vl.prompts import Budget, Processor, batch, needed
 from uae_jax.models.qwen2_5_vl.weights import table
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Sampling
@@ -78,7 +78,7 @@ def both(pair):  # noqa: F811
 
 def test_batch(both):
     """Placeholders, padding and positions are those of the reference's processor and model."""
-    reference, inputs, model, _, prompt = both
+    reference, inputs, _, _, prompt = both
     counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
     assert len(set(counts)) >= 3 and (prompt.tokens == IMAGE).sum() == sum(counts)
     assert ((prompt.tokens == PAD) <= ~prompt.mask).all() and not prompt.mask[:, 0].any()

@@ -113,8 +113,6 @@ def build(
     config: Any,
     mesh: jax.sharding.Mesh | None = None,
     temperature: float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
 ) -> Family:
     """The functions of a family for one config.
 
@@ -123,19 +121,15 @@ def build(
     `params["encoder"]` holds the trained leaves of the captioner.
 
     Args:
-      temperature: of `generate`; None means the policy's own, 0 the most likely token.
-      top_k, top_p: of `generate`, for people; see `tokens.Sampling`. A rollout draws from all tokens.
+      temperature: of `generate`, which then narrows as `config.eval` says; 0 takes the most likely token. None means a
+        rollout: the policy itself.
     """
     model, settings = modules.captioner, config.rl
     height = width = config.data.image_size
     levels = flow.sigmas(config.redraw.steps, config.redraw.shift, config.redraw.spacing)
-    sampling = tokens.Sampling(
-        max_tokens=settings.max_tokens,
-        stops=(prompts.end_token,),
-        temperature=settings.temperature if temperature is None else temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+    sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
+    if temperature is not None:
+        sampling = sampling._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
 
     def full(params: Params, frozen: Params) -> Params:
         return merge(frozen["start"], lora.scaled(params["encoder"], config.lora.alpha))
