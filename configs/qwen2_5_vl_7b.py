@@ -1,9 +1,9 @@
 """As configs/qwen2_5_vl_3b.py, with Qwen2.5-VL-7B (UniWorld-V1's encoder).
 
-python -m uae_jax.main --config=configs/qwen2_5_vl_7b.py --config.weights=WEIGHTS --config.data.path=IMAGES --workdir=DIR
+python -m uae_jax.main --config=configs/qwen2_5_vl_7b.py --config.weights=WEIGHTS --config.data.path=IMAGES
 
-Hardware: 17 GB of parameters in bfloat16, split over `mesh.fsdp`; the token loop reads one whole copy a chip, which a
-chip of 16 GB cannot hold.
+Memory: 17 GB of weights in bfloat16, split over `mesh.fsdp`; the token loop reads a whole copy a chip, which a chip of
+16 GB cannot hold.
 """
 
 import copy

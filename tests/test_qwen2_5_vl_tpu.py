@@ -1,6 +1,5 @@
 """Qwen2.5-VL at its real sizes: counted, evaluated without memory, and compiled for a TPU without one."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -25,6 +24,7 @@ from uae_jax.models.qwen2_5_vl.prompts import Prompt, alike
 from uae_jax.sampling.tokens import Sampling, Segment
 from uae_jax.stages.coldstart import model_config
 from uae_jax.umm import caption
+from uae_jax.umm.diffusion import merge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {"3b": qwen2_5_vl_3b, "7b": qwen2_5_vl_7b}
@@ -63,7 +63,7 @@ def test_configs_and_counts(name):
 
 @pytest.mark.parametrize("name", ["3b", "7b"])
 def test_forward_evaluates(name):
-    """448 pixels are 256 tokens; logits exist for the whole vocabulary; adapters and the answers' scores have shapes."""
+    """448 pixels are 256 tokens; logits span the whole vocabulary; adapters count as they should."""
     model, params, images = abstract(name, 2)
     text = model.config.text
 
@@ -110,8 +110,6 @@ def compiled_sizes(topology: str) -> dict[str, float]:
 
     def gradient(adapters, params, images, answers):
         def total(adapters):
-            from uae_jax.umm.diffusion import merge
-
             return score(merge(params, lora.scaled(adapters, 64.0)), images, answers).sum()
 
         return jax.grad(total)(adapters)
@@ -140,7 +138,7 @@ def test_compiles_for_a_tpu():
         pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-    code = "import json; from tests.test_qwen2_5_vl_tpu import compiled_sizes; print(json.dumps(compiled_sizes('v5e:4x4')))"
+    code = "import json; from tests import test_qwen2_5_vl_tpu as t; print(json.dumps(t.compiled_sizes('v5e:4x4')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
