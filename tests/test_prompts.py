@@ -70,7 +70,7 @@ def test_answers_do_not_depend_on_the_batch_they_ride_in(built):
     for i, row in enumerate(rows):
         alone = write(batch([row], needed([row], c), c), seeds[i : i + 1])
         np.testing.assert_array_equal(alone.actions[0], together.actions[i])
-        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[i], atol=1e-5)
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[i], atol=1e-4)
     assert len(np.unique(together.actions.reshape(6, -1), axis=0)) > 3
     allowed = np.asarray(built.allowed)
     assert allowed[np.asarray(together.actions)[np.asarray(together.mask)]].all() and not allowed[c.image_token_id]
@@ -79,7 +79,7 @@ def test_answers_do_not_depend_on_the_batch_they_ride_in(built):
 def test_budget(built):
     """The least that holds all prompts, and what is said when there is less."""
     c = built.modules.captioner.config
-    rows = [([1, c.image_token_id], [normalised(32, 48)]), ([1, 2, 3, 4, 5, 6, 7, 8], [])]
+    rows = [([1, c.image_token_id], [normalised(32, 48)]), ([1, *range(7, 14)], [])]
     budget = needed(rows, c)
     assert budget == Budget(8, 6, 6)
     prompt = batch(rows, budget, c)
