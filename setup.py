@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
-TEST = ["pytest", "hypothesis", "ruff", "mypy", "scikit-image"]
+EVAL = ["matplotlib", "scikit-image", "tensorboard"]
+TEST = [*EVAL, "pytest", "hypothesis", "ruff", "mypy"]
 
 setup(
     name="uae_jax",
@@ -32,6 +33,7 @@ setup(
         "pillow",
         "rich",
         "safetensors",
+        "scipy>=1.15",
         "tensorboardX",
         "tokenizers",
     ],
@@ -40,6 +42,6 @@ setup(
         "cuda": ["jax[cuda13]"],
         "test": TEST,
         "parity": PARITY,
-        "eval": ["scikit-image", "tensorboard"],
+        "eval": EVAL,
     },
 )

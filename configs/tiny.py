@@ -20,5 +20,6 @@ def get_config() -> ConfigDict:
     config.remat = False  # memory is no concern at this size
     config.redraw.steps = 2  # as good as 4 with this decoder, and twice as fast
     config.redraw.prediction = "sample"  # what the shipped decoder predicts
+    config.eval.every = 50
     config.rl.malformed = "group_min"  # a caption outside the grammar earns the least of its group
     return config

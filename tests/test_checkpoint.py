@@ -262,7 +262,7 @@ def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes, 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stands(tmp_path, processes):
     process, pipe = start(processes, save_until_full, tmp_path)
-    said = f"cannot write {tmp_path}: File too large; make room there or choose another --workdir"
+    said = f"cannot write {tmp_path}: File too large; make room there or choose another place"
     assert [receive(pipe), receive(pipe)] == [f"close: {said}", f"save: {said}"]
     assert receive(pipe) == (1, checksum(noise(1)))
     process.join()

@@ -66,6 +66,7 @@ WRONG = [
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
     ({"optimizer.max_grad_norm": 0.0}, "optimizer.max_grad_norm"),
 ]
+RULES = ("validate", "_validate_optimizer")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
@@ -94,11 +95,11 @@ def changed(changes) -> ConfigDict:
 
 
 def failure(changes) -> tuple[str, set[int]]:
-    """The message, and the lines of `validate` that the error passed through."""
+    """The message, and the lines of RULES that the error passed through."""
     with pytest.raises(UserError) as caught:
         base.validate(changed(changes))
     frames = traceback.extract_tb(caught.value.__traceback__)
-    return str(caught.value), {frame.lineno for frame in frames if frame.name == "validate"}
+    return str(caught.value), {frame.lineno for frame in frames if frame.name in RULES}
 
 
 @pytest.mark.parametrize("changes, field", WRONG, ids=lambda x: str(x))
@@ -111,18 +112,26 @@ def test_a_wrong_value_is_named_with_its_remedy(changes, field):
 
 
 def test_every_rule_has_an_example():
-    source, first = inspect.getsourcelines(base.validate)
     calls = [
         node
-        for node in ast.walk(ast.parse("".join(source)))
+        for function in ast.walk(ast.parse(inspect.getsource(base)))
+        if isinstance(function, ast.FunctionDef) and function.name in RULES
+        for node in ast.walk(function)
         if (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_require", "_one_of"))
         or isinstance(node, ast.Raise)
     ]
     seen = set().union(*(failure(changes)[1] for changes, _ in WRONG))
     for node in calls:
-        lines = set(range(first + node.lineno - 1, first + node.end_lineno))
+        lines = set(range(node.lineno, node.end_lineno + 1))
         assert lines & seen, f"no example breaks the rule in line {min(lines)}: {ast.unparse(node)}"
     assert len(calls) > 30
+
+
+def test_the_optimizers_of_a_cold_start_are_checked_too():
+    c = tiny_coldstart.get_config()
+    c.decoder.optimizer.warmup = -1
+    with pytest.raises(UserError, match=r"config\.decoder\.optimizer\.warmup = -1: "):
+        base.validate(c)
 
 
 @pytest.mark.parametrize("changes", RIGHT, ids=str)

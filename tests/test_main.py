@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests import tiny
-from uae_jax import reconstruct, train
+from uae_jax import reconstruct, report, train
 from uae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,9 +86,52 @@ def test_end_to_end(finished):
         "caption_malformed", "perception", "redraw_accuracy", "by_category", "controls",
     }  # fmt: skip
     assert fields <= results["before"].keys() and fields <= results["after"].keys()
-    assert {p.name for p in (workdir / "samples").iterdir()} == {f"held_out_{s:06d}.png" for s in (0, 3, 6)}
+    assert {p.name for p in (workdir / "samples").iterdir()} == {
+        f"held_out_{s:06d}.{kind}" for s in (0, 3, 6) for kind in ("png", "npz")
+    }
     assert json.loads((workdir / "config.json").read_text())["steps"] == config.steps
     assert list((workdir / "tensorboard").iterdir()) and list((workdir / "checkpoints").iterdir())
+
+
+def test_the_change_is_paired_and_has_an_interval(finished):
+    results = json.loads((finished[0] / "eval.json").read_text())
+    before, after, change = results["before"], results["after"], results["change"]
+    assert np.isclose(change["reward"]["mean"], after["reward"] - before["reward"])
+    assert change["reward"]["low"] <= change["reward"]["mean"] <= change["reward"]["high"]
+    # The decoder is frozen and reads frozen states: true captions earn what they earned.
+    assert change["reward_ceiling"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_the_report_of_a_run(finished, tmp_path):
+    workdir, _ = finished
+    report.write([workdir, workdir], tmp_path)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[2].startswith("| reward |") and all(row.count("|") == table[0].count("|") for row in table)
+    curves, redraws = (np.asarray(Image.open(tmp_path / name)) for name in ("curves.png", "redraws.png"))
+    assert curves.std() > 0
+    # Source, step 0, 3, 6 beside each other; two scenes under each other.
+    assert redraws.shape[1] > 4 * 120 and redraws.shape[0] > 2 * 120
+    assert not (workdir / "report").exists()
+
+
+def test_a_report_needs_a_finished_run(tmp_path):
+    with pytest.raises(UserError, match="finished run"):
+        report.write([tmp_path], tmp_path)
+
+
+def test_the_live_text_encoder_has_a_canary(weights, tmp_path):
+    train.run(
+        tiny.config(
+            weights, steps=2, text_encoder="live", eval__enabled=True, eval__every=1, eval__batch_size=4,
+            data__held_out=4, eval__pictures=2, optimizer__learning_rate=0.03, optimizer__warmup=0,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    canary = [row["canary/reference_reward"] for row in lines(tmp_path)]
+    results = json.loads((tmp_path / "eval.json").read_text())
+    # All held-out scenes fit into one batch here: the canary is the ceiling under the weights of its step.
+    assert np.isclose(canary[-1], results["after"]["reward_ceiling"], atol=1e-6)
+    assert not np.isclose(canary[-1], results["before"]["reward_ceiling"], atol=1e-4)
 
 
 def test_a_finished_run_is_not_run_again(finished):

@@ -199,8 +199,8 @@ def test_terse_and_partial_captions():
     # Everything said is true, every length occurs, and the background is rarely dropped.
     texts = [(s, grammar.caption(s, rng, float(rng.random()))) for _ in range(10) for s in SCENES]
     said = [parse(text) for _, text in texts]
-    assert facts.score(said, [s for s, _ in texts])["by_category"]["colour"]["precision"] == 1.0
-    assert facts.score(said, [s for s, _ in texts])["by_category"]["position"]["precision"] == 1.0
+    assert rates(said, [s for s, _ in texts], "colour")[1] == 1.0
+    assert rates(said, [s for s, _ in texts], "position")[1] == 1.0
     lengths = {len(text.split(" ")) for _, text in texts}
     assert lengths >= set(range(6, 32)) and min(lengths) == 2
     assert 0.01 < np.mean([d.background is None for d in said]) < 0.1
@@ -356,41 +356,45 @@ def test_match_finds_the_best_assignment():
     assert facts.match(parse("a ring and a cross and a blue square bottom right"), SCENE) == [0, None, 1]
 
 
-def rates(text, category=None):
-    result = facts.score([parse(text)], [SCENE])
-    chosen = result["by_category"][category] if category else result
-    return chosen["recall"], chosen["precision"]
+def rates(descriptions, scenes, category):
+    """Recall and precision over all images."""
+    shown, stated, right = facts.tallies(descriptions, scenes)[category].sum(0)
+    return right / shown if shown else None, right / stated if stated else None
 
 
-def test_score_by_hand():
+def test_tallies_by_hand():
+    def found(text, category="all"):
+        return rates([parse(text)], [SCENE], category)
+
     # 2 objects x 4 facts + count + background = 10 facts.
-    assert rates(grammar.complete(SCENE)) == (1.0, 1.0)
+    assert found(grammar.complete(SCENE)) == (1.0, 1.0)
     # Right: circle, red. Wrong: count 1. Right: background. 3 of 4 stated.
-    assert rates("a red circle on a black background") == (3 / 10, 3 / 4)
-    assert rates("a red circle on a black background", "count") == (0.0, 0.0)
-    assert rates("a red circle on a black background", "background") == (1.0, 1.0)
-    assert rates("a red circle on a black background", "colour") == (1 / 2, 1.0)
-    assert rates("a red circle on a black background", "size") == (0.0, None)
+    assert found("a red circle on a black background") == (3 / 10, 3 / 4)
+    assert found("a red circle on a black background", "count") == (0.0, 0.0)
+    assert found("a red circle on a black background", "background") == (1.0, 1.0)
+    assert found("a red circle on a black background", "colour") == (1 / 2, 1.0)
+    assert found("a red circle on a black background", "size") == (0.0, None)
     # The first object: circle right, green wrong, top left right; the second: square right, small wrong; count right.
     text = "a green circle top left and a small square"
-    assert rates(text) == (4 / 10, 4 / 6)
-    assert rates(text, "position") == (1 / 2, 1.0)
-    assert rates(text, "small_objects") == (2 / 4, 2 / 3)
+    assert found(text) == (4 / 10, 4 / 6)
+    assert found(text, "position") == (1 / 2, 1.0)
+    assert found(text, "small_objects") == (2 / 4, 2 / 3)
     # A repeated object is left over: its two facts are wrong, and so is the count.
     text = "a red circle and a red circle and a blue square"
-    assert rates(text) == (4 / 10, 4 / 7)
-    assert rates("on a white background") == (0.0, 0.0)
-    assert rates("on a white background", "count") == (0.0, None)
+    assert found(text) == (4 / 10, 4 / 7)
+    assert found("on a white background") == (0.0, 0.0)
+    assert found("on a white background", "count") == (0.0, None)
 
 
-def test_score_is_micro_averaged_and_counts_malformed():
+def test_tallies_are_by_image_and_malformed_captions_state_nothing():
     one = Scene(2, (Object(5, 7, 1, 4),))  # a large pink ring middle center on white: 6 facts
-    result = facts.score([parse(grammar.complete(one)), None], [one, SCENE])
-    assert result["recall"] == 6 / 16 and result["precision"] == 1.0 and result["malformed"] == 0.5
-    assert result["by_category"]["small_objects"] == {"recall": 0.0, "precision": None}
-    assert result["by_category"]["shape"] == {"recall": 1 / 3, "precision": 1.0}
-    assert set(result["by_category"]) == set(facts.CATEGORIES)
-    assert facts.score([None], [one])["precision"] is None
+    described = [parse(grammar.complete(one)), None], [one, SCENE]
+    assert rates(*described, "all") == (6 / 16, 1.0)
+    assert rates(*described, "small_objects") == (0.0, None)
+    assert rates(*described, "shape") == (1 / 3, 1.0)
+    by_image = facts.tallies(*described)
+    assert set(by_image) == {"all", *facts.CATEGORIES}
+    assert by_image["all"].tolist() == [[6, 6, 6], [10, 0, 0]]
 
 
 @given(scenes, st.integers(0, 100))

@@ -29,9 +29,10 @@ def test_shipped_weights_do_what_their_card_says():
     card = (folder.shipped("tiny") / "CARD.md").read_text()
     ceiling = float(re.search(r"\| reward_ceiling \| ([\d.]+)", card)[1])
     # 32 scenes of the card's 256.
-    assert abs(evaluator.reward_of_texts(STARTING_WEIGHTS, [grammar.complete(s) for s in scenes]) - ceiling) < 0.03
+    earned = evaluator.reward_of_texts(STARTING_WEIGHTS, [grammar.complete(s) for s in scenes])
+    assert abs(earned.mean() - ceiling) < 0.03
     tokens, mask, truncated = evaluator.write(STARTING_WEIGHTS)
-    assert not truncated.any() and mask.sum(1).mean() < 25
+    assert not truncated.any() and mask.sum(1).mean() < 13
     texts = [built.tokenizer.decode(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
     described = [grammar.parse(text) for text in texts]
     assert all(d is not None for d in described)

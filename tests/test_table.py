@@ -16,6 +16,7 @@ from uae_jax.convert.table import (
     layers,
     load,
     param_shape,
+    read,
     save,
 )
 from uae_jax.errors import UserError
@@ -97,6 +98,20 @@ def test_round_trip(table, seed, dtype):
     for name, x in tensors.items():
         assert back[name].shape == x.shape and back[name].dtype == dtype and np.array_equal(back[name], x)
         assert back[name].flags.c_contiguous
+
+
+@patient
+@given(tables(), st.integers(0, 2**31), st.data())
+def test_slices_are_those_of_the_whole(table, seed, data):
+    """Along every axis, stacking ones included, as a device would ask for its part."""
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(size=entry.shape) for entry in table for name in flat_names(entry.names)}
+    for entry in table:
+        whole = read(entry, tensors, (slice(None),) * len(param_shape(entry)), np.float32)
+        ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in whole.shape]
+        index = tuple(slice(*pair) for pair in ends)
+        part = read(entry, tensors, index, np.float32)
+        assert part.dtype == np.float32 and part.shape == whole[index].shape and np.array_equal(part, whole[index])
 
 
 def test_order_of_stacking():

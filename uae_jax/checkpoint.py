@@ -8,17 +8,18 @@ interrupted is not seen again.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from flax import traverse_util
 
 from uae_jax.errors import UserError
-from uae_jax.storage import storage_errors, write_atomic
+from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _SHOWN = 3  # differences named in one error
 
@@ -90,11 +91,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            self.close()
-        except UserError:
-            if kind is None:  # an error on its way out is the one to be seen
-                raise
+        close_at_exit(self.close, kind)
 
     def close(self) -> None:
         """Waits for the save in progress. Raises UserError if it failed; the checkpoint before it stands."""
@@ -167,6 +164,52 @@ class Checkpointer:
             for name, leaf in zip(wanted, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, restored), step
+
+
+class Leaves(NamedTuple):
+    """What one checkpoint holds below a '/'-joined path."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]  # one leaf, onto the host
+
+
+def open_leaves(directory: str | os.PathLike, step: int, prefix: str) -> Leaves:
+    """Part of a complete checkpoint, to be read leaf by leaf on any machine.
+
+    Args:
+      directory: of the checkpoints.
+      step: of the one wanted.
+      prefix: 'params/' of 'params/dense/kernel'; names are then without it.
+
+    Raises:
+      UserError: (so does `read`) the checkpoint cannot be read.
+    """
+    absl_logging.get_absl_logger().addFilter(_quiet)
+    path = os.path.join(os.path.abspath(directory), str(step), ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    def read(name: str) -> np.ndarray:
+        full = prefix + name
+        wanted = ocp.args.PyTreeRestore(
+            item={full: 0}, restore_args={full: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
+        )
+        try:
+            return reader.restore(path, args=wanted)[full]
+        except Exception as error:
+            raise _unreadable(path, error) from error
+
+    try:
+        stored = dict(reader.metadata(path).item_metadata.items())
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in stored.items() if name.startswith(prefix)}
+    return Leaves(shapes, read)
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """The newest complete checkpoint there, without touching a run that may be writing others; None without any."""
+    steps = ocp.utils.checkpoint_steps(directory) if os.path.isdir(directory) else []
+    return max(steps, default=None)
 
 
 def _unreadable(path: str, error: Exception) -> UserError:

@@ -120,11 +120,25 @@ def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
         raise UserError(f"config.{field} = {value!r}: {remedy}")
 
 
-def _one_of(c: ConfigDict, field: str, *allowed: str) -> None:
+def _field(c: ConfigDict, name: str) -> Any:
+    """The value at a dotted name."""
     value: Any = c
-    for part in field.split("."):
+    for part in name.split("."):
         value = value[part]
+    return value
+
+
+def _one_of(c: ConfigDict, field: str, *allowed: str) -> None:
+    value = _field(c, field)
     _require(value in allowed, field, value, "use one of " + ", ".join(allowed))
+
+
+def _validate_optimizer(c: ConfigDict, field: str) -> None:
+    _one_of(c, f"{field}.name", "adamw", "muon")
+    o = _field(c, field)
+    _require(o.learning_rate >= 0, f"{field}.learning_rate", o.learning_rate, "must not be negative")
+    _require(o.warmup >= 0, f"{field}.warmup", o.warmup, "must not be negative")
+    _require(o.max_grad_norm > 0, f"{field}.max_grad_norm", o.max_grad_norm, "must be above 0")
 
 
 def validate(c: ConfigDict) -> None:
@@ -141,7 +155,6 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "redraw.spacing", "uniform", "diffusers")
     _one_of(c, "redraw.prediction", "velocity", "sample")
     _one_of(c, "data.source", "shapes", "folder")
-    _one_of(c, "optimizer.name", "adamw", "muon")
     rl = c.rl
     _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
     _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
@@ -170,11 +183,8 @@ def validate(c: ConfigDict) -> None:
     _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
-    _require(
-        c.optimizer.learning_rate >= 0, "optimizer.learning_rate", c.optimizer.learning_rate, "must not be negative"
-    )
-    _require(c.optimizer.warmup >= 0, "optimizer.warmup", c.optimizer.warmup, "must not be negative")
-    _require(c.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", c.optimizer.max_grad_norm, "must be above 0")
+    for field in ("optimizer", *(f"{stage}.optimizer" for stage in STAGES if "optimizer" in c.get(stage, {}))):
+        _validate_optimizer(c, field)
     _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
     _require(
         c.data.batch_size % rl.microbatches == 0,

@@ -1,6 +1,7 @@
 """The one writer of a run: JSON lines, TensorBoard and the terminal."""
 
 import datetime
+import io
 import json
 import math
 import os
@@ -21,9 +22,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from uae_jax.errors import UserError
 from uae_jax.pictures import encode_png, save_png
-from uae_jax.storage import storage_errors, write_atomic
+from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _FLUSH_SECONDS = 10.0  # TensorBoard's file; each flush waits for the disk
 _BARS, _SPARK_WIDTH = "▁▂▃▄▅▆▇█", 48
@@ -120,11 +120,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            self.close()
-        except UserError:
-            if kind is None:  # an error on its way out is the one to be seen
-                raise
+        close_at_exit(self.close, kind)
 
     def close(self) -> None:
         """Ends the live display and closes the files."""
@@ -163,6 +159,14 @@ class Writer:
         height, width, _ = picture.shape
         png = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encode_png(picture))
         self._summary(step, [Summary.Value(tag=name, image=png)])
+
+    def arrays(self, step: int, name: str, **arrays: Any) -> None:
+        """Keeps arrays (of numbers or texts) as samples/{name}_{step:06d}.npz."""
+        if not self.active:
+            return
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(self.workdir / "samples" / f"{name}_{step:06d}.npz", buffer.getvalue())
 
     def message(self, text: str) -> None:
         """Prints a line, above the live display where there is one."""

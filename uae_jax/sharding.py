@@ -40,10 +40,10 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
         sizes[i] = len(devices) // known
     mesh = jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for field, size in (
-        ("data.batch_size / rl.microbatches", config.data.batch_size // config.rl.microbatches),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
+    split = {"data.batch_size / rl.microbatches": config.data.batch_size // config.rl.microbatches}
+    if config.eval.enabled:
+        split["eval.batch_size"] = config.eval.batch_size
+    for field, size in split.items():
         if size % parts:
             raise UserError(
                 f"config.{field} = {size} cannot be split over data x fsdp = {parts} devices: use a multiple of {parts}"

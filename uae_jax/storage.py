@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from uae_jax.errors import UserError
@@ -55,7 +56,7 @@ def storage_errors(path: str | os.PathLike) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}; make room there or choose another --workdir") from error
+        raise UserError(f"cannot write {path}: {reason}; make room there or choose another place") from error
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -75,4 +76,34 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`, which takes its name when the block ends and vanishes when that fails.
+
+    Raises UserError where `path` exists and is not an empty folder, or the disk refuses.
+    """
+    path = Path(path).resolve()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an empty folder: choose another place, or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def close_at_exit(close: Callable[[], None], kind: type[BaseException] | None) -> None:
+    """Closes; a UserError of it is dropped where an exception of `kind` is on its way out, for that is to be seen."""
+    try:
+        close()
+    except UserError:
+        if kind is None:
             raise

@@ -60,9 +60,10 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     """
     where = weights_folder(config)
     dtype = jnp.dtype(config.dtype)
-    captioner = folder.load_model(where / "captioner")
-    projector = folder.load_model(where / "projector")
-    transformer = folder.load_model(where / "transformer")
+    # Frozen weights are read in the compute type only, so they are kept in it.
+    captioner, projector, transformer = (
+        folder.load_model(where / name, mesh, dtype) for name in ("captioner", "projector", "transformer")
+    )
     tokenizer = load_tokenizer(where / "captioner")
     modules = diffusion.Modules(
         Qwen2_5_VL(captioner.config, dtype, config.remat),
@@ -73,19 +74,17 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     for name in dict.fromkeys((*config.reward, *config.monitor)):
         if not (where / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {where / name} does not exist")
-        tower_models[name] = folder.load_model(where / name)
+        tower_models[name] = folder.load_model(where / name, mesh, dtype)
     frozen = {
         "start": captioner.params,
         "projector": projector.params,
         "transformer": transformer.params,
         "towers": {name: model.params for name, model in tower_models.items()},
     }
-    # Frozen weights are read in the compute type only, so they are kept in it.
-    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
-    frozen["pooled"] = np.zeros(transformer.config.pooled_projection_dim, np.float32)
+    frozen["pooled"] = sharding.place(np.zeros(transformer.config.pooled_projection_dim, np.float32), mesh)
     judge, automaton = None, None
     if config.data.source == "shapes":
-        model = folder.load_model(where / "judge")
+        model = folder.load_model(where / "judge", mesh)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
@@ -96,7 +95,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         towers={n: rewards.clip_tower(CLIP(m.config, dtype)) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
-        frozen=sharding.place(frozen, mesh),
+        frozen=frozen,
     )
 
 

@@ -64,6 +64,9 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                 metrics["throughput/images_per_s"] = images / (now - last)
                 if tokens is not None:
                     metrics["throughput/tokens_per_s"] = tokens / (now - last)
+                if config.eval.every and (at % config.eval.every == 0 or at == program.steps):
+                    metrics |= program.evaluate(state, writer)
+                    now = time.monotonic()
                 last = now
                 writer.write(at, metrics)
                 stop = at < program.steps and bool(stopped)
@@ -71,9 +74,6 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                 if stop:
                     writer.message(f"stopped at step {at} of {program.steps}; the same command continues")
                     return False
-                if config.eval.every and (at % config.eval.every == 0 or at == program.steps):
-                    program.evaluate(state, writer)
-                    last = time.monotonic()
             # ---- what it came to
             program.finish(state, writer)
     return True

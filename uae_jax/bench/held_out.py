@@ -6,13 +6,14 @@ controls.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import rewards, sharding
+from uae_jax.bench.scores import Score, Scores, each, total
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import Scene
 from uae_jax.data.text import decode_captions, encode_captions
@@ -22,7 +23,12 @@ from uae_jax.step import sample_keys
 from uae_jax.system import System
 from uae_jax.umm import Params
 
-Results = dict[str, Any]
+
+class Evaluation(NamedTuple):
+    """What was found for one set of parameters."""
+
+    scores: Scores
+    captions: list[str]  # one an image
 
 
 class Evaluator:
@@ -72,13 +78,17 @@ class Evaluator:
         self.write, self.draw, self.likelihood = (self.batched(f) for f in (write, draw, likelihood))
 
     def batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """function(params, frozen, images, keys, *arrays) over all held-out images, in equal, padded batches."""
+        """function(params, frozen, images, keys, *arrays) in equal, padded batches.
+
+        Over all held-out images, or over the first ones if the arrays hold fewer rows.
+        """
         compiled = jax.jit(function)
-        size, n = self.config.eval.batch_size, len(self.images)
-        keys = sample_keys(self.key, jnp.int32(0), -(-n // size) * size, 1)
+        size, most = self.config.eval.batch_size, len(self.images)
+        keys = sample_keys(self.key, jnp.int32(0), -(-most // size) * size, 1)
 
         def run(params: Params, *arrays: np.ndarray) -> Any:
             parts = []
+            n = min([most, *map(len, arrays)])
             for start in range(0, n, size):
                 rows = np.minimum(np.arange(start, start + size), n - 1)
                 images = self.images[rows].astype(np.float32) / 255.0
@@ -101,65 +111,68 @@ class Evaluator:
         """The trained reward of each redrawn image [n]."""
         return np.asarray(rewards.weighted_sum(drawn["towers"], self.config.reward))
 
-    def reward_of_texts(self, params: Params, texts: Sequence[str]) -> float:
-        """Mean reward of the images drawn from given captions."""
-        return float(self.reward_of(self.draw(params, *self.encode(texts))).mean())
+    def reward_of_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
+        """Reward of the images drawn from given captions, of the first images if there are fewer."""
+        return self.reward_of(self.draw(params, *self.encode(texts)))
 
-    def run(self, params: Params) -> Results:
-        """All numbers of one set of parameters, as eval.json holds them; fractions lie in 0..1."""
+    def run(self, params: Params) -> Evaluation:
+        """All scores of one set of parameters, headlines first; fractions lie in 0..1."""
         tokens, mask, cut = self.write(params)
         texts = decode_captions(self.system.tokenizer, tokens, mask)
         drawn = self.draw(params, tokens, mask)
-        n = len(texts)
-        results: Results = {
-            "images": n,
-            "reward": float(self.reward_of(drawn).mean()),
-            "caption_length": float(mask.sum(1).mean()),
-            "caption_truncated": float(cut.mean()),
-            "controls": {},
-            "by_category": {},
-            "captions": texts[:16],
-        }
-        second = [name for name in self.config.monitor if name in drawn["towers"]]
-        if second:
-            results["reward_second_tower"] = float(drawn["towers"][second[0]].mean())
-        if n > 1:
-            shuffled = np.roll(np.arange(n), 1)
-            other = self.draw(params, tokens[shuffled], mask[shuffled])
-            results["controls"]["captions_of_other_images"] = float(self.reward_of(other).mean())
+        found: Scores = {"reward": each(self.reward_of(drawn))}
+        for name in self.config.monitor[:1]:
+            found["reward_second_tower"] = each(drawn["towers"][name])
+        found |= {"caption_length": each(mask.sum(1)), "caption_truncated": each(cut)}
         if self.scenes is not None:
-            self.add_truth(results, params, texts, drawn)
-        return results
+            found |= self.truth(params, texts, drawn)
+        if len(texts) > 1:
+            shuffled = np.roll(np.arange(len(texts)), 1)
+            other = self.draw(params, tokens[shuffled], mask[shuffled])
+            found["controls/captions_of_other_images"] = each(self.reward_of(other))
+        # Headlines, then controls and ceilings, then categories.
+        return Evaluation(dict(sorted(found.items(), key=lambda item: item[0].count("/"))), texts)
 
-    def add_truth(self, results: Results, params: Params, texts: list[str], drawn: dict[str, Any]) -> None:
+    def truth(self, params: Params, texts: list[str], drawn: dict[str, Any]) -> Scores:
         """What can be said because the scenes are known."""
         scenes = list(self.scenes or ())
-        scored = facts.score([grammar.parse(text) for text in texts], scenes)
-        results["caption_recall"] = scored["recall"]
-        results["caption_precision"] = scored["precision"]
-        results["caption_malformed"] = scored["malformed"]
-        results["reward_ceiling"] = self.reward_of_texts(params, [grammar.complete(s) for s in scenes])
-        others = scenes[1:] + scenes[:1]
+        described = [grammar.parse(text) for text in texts]
+        by_fact = {}
+        for name, counts in facts.tallies(described, scenes).items():
+            shown, stated, right = counts.T
+            by_fact[name] = {"recall": Score(right, shown), "precision": Score(right, stated)}
+        everything = by_fact.pop("all")
+        perception = self.perception(params, scenes)
+        judged = judge_accuracy(drawn["judged"], scenes)
+        complete = [grammar.complete(s) for s in scenes]
+        best = self.draw(params, *self.encode(complete))
         controls = {
             "with_true_background": [facts.with_true_background(t, s) for t, s in zip(texts, scenes, strict=True)],
             "objects_of_another_image": [
-                facts.with_true_background(grammar.complete(o), s) for o, s in zip(others, scenes, strict=True)
+                facts.with_true_background(t, s) for t, s in zip(complete[1:] + complete[:1], scenes, strict=True)
             ],
             "background_only": [facts.background_only(s) for s in scenes],
         }
-        for name, captions in controls.items():
-            results["controls"][name] = self.reward_of_texts(params, captions)
-        perception = self.perception(params, scenes)
-        results["perception"] = float(np.mean(list(perception.values())))
-        judged = judge_accuracy(drawn["judged"], scenes)
-        results["redraw_accuracy"] = float(np.mean(list(judged.values())))
-        results["by_category"] = {
-            "facts": scored["by_category"],
-            "perception": perception,
-            "redraw_accuracy": judged,
+        found: Scores = {
+            "reward_ceiling": each(self.reward_of(best)),
+            "complete_length": each(self.encode(complete)[1].sum(1)),
+            "caption_recall": everything["recall"],
+            "caption_precision": everything["precision"],
+            "caption_malformed": each([d is None for d in described]),
+            "perception": total(perception.values()),
+            "redraw_accuracy": total(judged.values()),
         }
+        found |= {f"ceiling/{name}": each(best["towers"][name]) for name in self.config.monitor[:1]}
+        found["ceiling/redraw_accuracy"] = total(judge_accuracy(best["judged"], scenes).values())
+        for name, captions in controls.items():
+            found[f"controls/{name}"] = each(self.reward_of_texts(params, captions))
+        for name, rates in by_fact.items():
+            found |= {f"by_category/facts/{name}/{rate}": score for rate, score in rates.items()}
+        found |= {f"by_category/perception/{name}": score for name, score in perception.items()}
+        found |= {f"by_category/redraw_accuracy/{name}": score for name, score in judged.items()}
+        return found
 
-    def perception(self, params: Params, scenes: Sequence[Scene]) -> dict[str, float]:
+    def perception(self, params: Params, scenes: Sequence[Scene]) -> Scores:
         """Forced choice: how often the true caption is likelier than copies with one attribute changed."""
         questions = [facts.alternatives(s, np.random.default_rng([7, i])) for i, s in enumerate(scenes)]
         texts = [[text for _, options, _ in image for text in options] for image in questions]
@@ -168,19 +181,26 @@ class Evaluator:
         tokens, mask = self.encode([text for options in padded for text in options])
         shape = (len(scenes), most, -1)
         scores = self.likelihood(params, tokens.reshape(shape), mask.reshape(shape))
-        right: dict[str, list[bool]] = {}
-        for image, row in zip(questions, scores, strict=True):
+        right: dict[str, np.ndarray] = {}
+        asked: dict[str, np.ndarray] = {}
+        for i, (image, row) in enumerate(zip(questions, scores, strict=True)):
             at = 0
             for attribute, options, true in image:
-                right.setdefault(attribute, []).append(int(row[at : at + len(options)].argmax()) == true)
+                for counts in (right, asked):
+                    counts.setdefault(attribute, np.zeros(len(scenes)))
+                right[attribute][i] = int(row[at : at + len(options)].argmax()) == true
+                asked[attribute][i] = 1
                 at += len(options)
-        return {attribute: float(np.mean(values)) for attribute, values in right.items()}
+        return {attribute: Score(right[attribute], asked[attribute]) for attribute in right}
 
 
-def judge_accuracy(judged: dict[str, np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of true attributes that the judge reads off the redrawn images, cells of true objects only."""
+def judge_accuracy(judged: dict[str, np.ndarray], scenes: Sequence[Scene]) -> Scores:
+    """Attributes that the judge reads off the redrawn images: of true objects, in their cells, and the background."""
     grids = [facts.attributes_grid(scene) for scene in scenes]
     truth = {name: np.stack([grid[name] for grid in grids]) for name in grids[0]}
     occupied = truth["shape"] > 0
-    accuracy = {name: float((judged[name] == truth[name])[occupied].mean()) for name in ("shape", "colour", "size")}
-    return accuracy | {"background": float((judged["background"] == truth["background"]).mean())}
+    accuracy = {
+        name: Score(((judged[name] == truth[name]) & occupied).sum(1), occupied.sum(1))
+        for name in ("shape", "colour", "size")
+    }
+    return accuracy | {"background": each(judged["background"] == truth["background"])}

@@ -2,14 +2,16 @@
 
 import importlib.resources
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from uae_jax.convert import files, memory
 from uae_jax.convert import table as tables
 from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier import model as cell_classifier
@@ -22,21 +24,46 @@ from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import weights as sd3_weights
 
 WEIGHTS = "model.safetensors"
-# config.json's architecture -> its config class and its name table.
-ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "Qwen2_5_VLForConditionalGeneration": (qwen_config.Config, qwen_weights.table),
-    "SD3Transformer2DModel": (sd3_config.Config, sd3_weights.table),
-    "CLIPModel": (clip_config.Config, clip_weights.table),
-    "Projector": (projector.Config, projector.table),
-    "CellClassifier": (cell_classifier.Config, cell_classifier.table),
+
+
+class Architecture(NamedTuple):
+    """How a class of config.json is read."""
+
+    config: Any  # from_hf, to_hf
+    table: Callable[[Any], list[tables.Entry]]
+    canonical: Callable[[str], str] = lambda name: name  # a tensor's name in the table, where releases differ
+    ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
+
+
+# by the class that config.json names
+ARCHITECTURES: dict[str, Architecture] = {
+    "Qwen2_5_VLForConditionalGeneration": Architecture(
+        qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
+    ),
+    "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
+    "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
+    "Projector": Architecture(projector.Config, projector.table),
+    "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
 }
 
 
 class Model(NamedTuple):
-    """An architecture's config and its parameters (host arrays, float32)."""
+    """An architecture's config and its parameters."""
 
     config: Any
     params: tables.Params
+
+
+class Checkpoint(NamedTuple):
+    """A model folder whose tensors are known to fit, and have not been read yet."""
+
+    folder: Path
+    architecture: str
+    config: Any
+    table: list[tables.Entry]
+    tensors: dict[str, np.ndarray]  # views of the files, under the table's names
+    written: dict[str, list[str]]  # the names in the files of each, more than one where it is tied
+    stem: str  # of the files' names
 
 
 def architecture(config: dict[str, Any]) -> str:
@@ -50,44 +77,93 @@ def shipped(name: str) -> Path:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: name a folder of converted or downloaded weights") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/config.json is not JSON ({error}): copy it again") from None
-
-
-def load_model(folder: Path) -> Model:
-    """Config and parameters of one model folder.
+    """The folder's config.json.
 
     Raises:
-      UserError: a file is missing or damaged, the architecture is unknown, or tensors and model do not match.
+      UserError: there is none, or it is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} has no config.json: name a folder of converted or downloaded weights") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object: copy it again")
+    return values
+
+
+def open_model(folder: Path) -> Checkpoint:
+    """Checks a model folder by its config and the headers of its files.
+
+    Raises:
+      UserError: a file is missing or damaged, the architecture is unknown, or tensors and model do not match (which
+        lists all that are missing, unexpected, there twice, or of a wrong shape or type).
     """
     raw = load_config(folder)
     kind = architecture(raw)
     if kind not in ARCHITECTURES:
         raise UserError(f"{folder}/config.json: architecture {kind!r} is not one of {', '.join(sorted(ARCHITECTURES))}")
-    config_class, table = ARCHITECTURES[kind]
-    config = config_class.from_hf(raw)
-    path = folder / WEIGHTS
+    known = ARCHITECTURES[kind]
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from None
-    tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-    return Model(config, tables.load(table(config), tensors, str(path)))
+        config = known.config.from_hf(raw)
+        table = known.table(config)
+    except UserError as error:
+        raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
+    stem, headers, problems = files.read_headers(folder)
+    problems += [
+        f"type of {name}: expected one of {', '.join(files.DTYPES)}, found {header.dtype}"
+        for name, header in headers.items()
+        if header.dtype not in files.DTYPES
+    ]
+    ties = {name: target for name, target in known.ties(config).items() if name in headers}
+    names: dict[str, str] = {}
+    for name in [name for name in headers if name not in ties]:
+        other = names.setdefault(known.canonical(name), name)
+        if other != name:
+            problems.append(f"twice: {known.canonical(name)}, as {other} and {name}")
+    problems += tables.mismatches(table, {canonical: headers[name].shape for canonical, name in names.items()})
+    tables.refuse(problems, str(folder))
+    views = files.map_tensors(headers)
+    tensors = {canonical: views[name] for canonical, name in names.items()}
+    written = {canonical: [name] for canonical, name in names.items()}
+    for name, target in ties.items():
+        if not _equal(views[name], tensors[target]):
+            raise UserError(f"{folder}: config.json ties {name} to {names[target]}, but they differ: untie them there")
+        written[target].append(name)
+    return Checkpoint(folder, kind, config, table, tensors, written, stem)
+
+
+def _equal(x: np.ndarray, y: np.ndarray) -> bool:
+    """To the bit; row by row, as they may be large."""
+    if (x.dtype, x.shape) != (y.dtype, y.shape):
+        return False
+    return all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(x, y, strict=True))
+
+
+def load_model(folder: Path, mesh: Mesh | None = None, dtype: Any = np.float32) -> Model:
+    """Config and parameters of one model folder, in `dtype`.
+
+    With a mesh every parameter goes straight to its place there (`sharding.param_spec`); otherwise they are arrays on
+    the host.
+
+    Raises:
+      UserError: see `open_model`; or there is too little memory for the parameters.
+    """
+    found = open_model(folder)
+    memory.check(str(folder), found.table, dtype, mesh)
+    if mesh is None:
+        return Model(found.config, tables.load(found.table, found.tensors, str(folder), dtype))
+    return Model(found.config, tables.place(found.table, found.tensors, mesh, dtype))
 
 
 def save_model(folder: Path, config: Any, params: tables.Params, dtype: Any = np.float32) -> None:
     """Writes config.json and one safetensors file, in the layout that `load_model` and Hugging Face read."""
     raw = config.to_hf()
-    _, table = ARCHITECTURES[architecture(raw)]
-    tensors = tables.save(table(config), params)
+    tensors = tables.save(ARCHITECTURES[architecture(raw)].table(config), params)
     folder.mkdir(parents=True, exist_ok=True)
     data = save({name: x.astype(dtype) for name, x in tensors.items()}, metadata={"format": "pt"})
     (folder / WEIGHTS).write_bytes(data)

@@ -1,19 +1,23 @@
 """Name tables: how the tensors of a Hugging Face checkpoint and our parameters correspond, for both directions.
 
-A model's `weights.py` returns a list of `Entry`. `load` reads a tree of parameters out of a mapping of tensors, `save`
-writes the mapping back; both use the same list, so that a round trip is the identity. Both are strict: whatever is
-missing, left over, matched twice or of the wrong shape is reported at once, with expected and found shapes.
+A model's `weights.py` returns a list of `Entry`. `load` reads a tree of parameters out of a mapping of tensors (`place`
+straight onto a mesh), `save` writes the mapping back; all use the same list, so that a round trip is the identity. They
+are strict: whatever is missing, left over, matched twice or of the wrong shape is reported at once, with expected and
+found shapes, before anything is transposed.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
 
 from uae_jax.errors import UserError
+from uae_jax.sharding import param_spec
 
 Params = dict[str, Any]
 
@@ -55,7 +59,7 @@ def layers(template: str, indices: Iterable[int]) -> tuple[str, ...]:
 
 def flat_names(names: Names) -> list[str]:
     """All checkpoint names of an entry, in stacking order."""
-    return [names] if isinstance(names, str) else [leaf for name in names for leaf in flat_names(name)]
+    return [name for _, name in indexed(names)]
 
 
 def param_shape(entry: Entry) -> tuple[int, ...]:
@@ -69,34 +73,102 @@ def param_shape(entry: Entry) -> tuple[int, ...]:
     return (*stacked, *entry.transform.to_jax(view).shape)
 
 
-def load(table: list[Entry], tensors: Mapping[str, np.ndarray], where: str = "checkpoint") -> Params:
-    """Builds the parameter tree of `table` from `tensors` (any lazy mapping of arrays).
+def indexed(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Each checkpoint name of an entry with its place on the stacking axes; `()` where nothing is stacked."""
+    if isinstance(names, str):
+        yield index, names
+    else:
+        for i, part in enumerate(names):
+            yield from indexed(part, (*index, i))
+
+
+def mismatches(table: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors of these shapes from being the table's: one phrase each; empty when they fit."""
+    uses = collections.Counter(name for entry in table for name in flat_names(entry.names))
+    paths = collections.Counter(entry.path for entry in table)
+    expected = {name: entry.shape for entry in table for name in flat_names(entry.names)}
+    return [
+        *(f"used twice: {name}" for name, n in uses.items() if n > 1),
+        *(f"set twice: {path}" for path, n in paths.items() if n > 1),
+        *(f"missing: {name} {expected[name]}" for name in uses if name not in shapes),
+        *(f"unexpected: {name} {shape}" for name, shape in shapes.items() if name not in uses),
+        *(
+            f"shape of {name}: expected {shape}, found {shapes[name]}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ),
+    ]
+
+
+def refuse(problems: list[str], where: str) -> None:
+    """Raises UserError that lists all problems, if there are any."""
+    if problems:
+        raise UserError(f"{where} does not fit the model: " + "; ".join(sorted(problems)))
+
+
+def read(entry: Entry, tensors: Mapping[str, np.ndarray], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """A slice of a parameter, copied out of `tensors` layer by layer.
+
+    Args:
+      entry: of the table.
+      tensors: views of the checkpoint; transposing or slicing one reads nothing yet.
+      index: one slice (of step 1) for each axis of the parameter.
+      dtype: of the result.
+    """
+
+    def fill(out: np.ndarray, names: Names, index: tuple[slice, ...]) -> None:
+        if isinstance(names, str):
+            out[...] = entry.transform.to_jax(tensors[names])[index]
+        else:
+            for i, name in enumerate(names[index[0]]):
+                fill(out[i, ...], name, index[1:])
+
+    sizes = zip(param_shape(entry), index, strict=True)
+    out = np.empty([len(range(*part.indices(size))) for size, part in sizes], dtype)
+    fill(out, entry.names, index)
+    return out
+
+
+def load(table: list[Entry], tensors: Mapping[str, np.ndarray], where: str = "checkpoint", dtype: Any = None) -> Params:
+    """Builds the parameter tree of `table` on the host, from any lazy mapping of arrays.
+
+    Args:
+      table: of the model.
+      tensors: under the table's names.
+      where: they come from, for errors.
+      dtype: of the parameters; by default as stored.
 
     Raises:
       UserError: lists every missing, unexpected, doubly used or wrongly shaped tensor.
     """
-    uses = collections.Counter(name for entry in table for name in flat_names(entry.names))
-    paths = collections.Counter(entry.path for entry in table)
-    shapes = {name: entry.shape for entry in table for name in flat_names(entry.names)}
-    problems = [f"used twice: {name}" for name, n in uses.items() if n > 1]
-    problems += [f"set twice: {path}" for path, n in paths.items() if n > 1]
-    problems += [f"missing: {name} {shapes[name]}" for name in uses if name not in tensors]
-    problems += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in tensors if name not in uses]
-    problems += [
-        f"shape of {name}: expected {shape}, found {tuple(tensors[name].shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit the model: " + "; ".join(sorted(problems)))
-
-    def stack(names: Names, transform: Transform) -> np.ndarray:
-        if isinstance(names, str):
-            return transform.to_jax(np.asarray(tensors[names]))
-        return np.stack([stack(name, transform) for name in names])
-
-    flat = {entry.path: stack(entry.names, entry.transform) for entry in table}
+    refuse(mismatches(table, {name: tuple(tensors[name].shape) for name in tensors}), where)
+    flat = {}
+    for entry in table:
+        stored = tensors[flat_names(entry.names)[0]].dtype
+        everything = (slice(None),) * len(param_shape(entry))
+        flat[entry.path] = read(entry, tensors, everything, stored if dtype is None else dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def place(table: list[Entry], tensors: Mapping[str, np.ndarray], mesh: Mesh, dtype: Any) -> Params:
+    """As `load`, with every parameter on the mesh: the host holds one device's part of one parameter at a time.
+
+    `tensors` must fit the table (`mismatches`).
+    """
+
+    def onto_mesh(entry: Entry) -> jax.Array:
+        shape = param_shape(entry)
+        sharding = NamedSharding(mesh, param_spec(shape, mesh.shape["fsdp"]))
+        devices: dict[tuple, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            devices.setdefault(tuple((part.start, part.stop) for part in index or ()), []).append(device)
+        parts = []
+        for bounds, copies in devices.items():
+            part = read(entry, tensors, tuple(slice(*ends) for ends in bounds), dtype)
+            parts += [jax.block_until_ready(jax.device_put(part, device)) for device in copies]
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return traverse_util.unflatten_dict({entry.path: onto_mesh(entry) for entry in table}, sep="/")
 
 
 def save(table: list[Entry], params: Params) -> dict[str, np.ndarray]:
@@ -116,12 +188,8 @@ def save(table: list[Entry], params: Params) -> dict[str, np.ndarray]:
     ]
     if problems:
         raise UserError("parameters do not fit the table: " + "; ".join(sorted(problems)))
-
-    def unstack(names: Names, value: np.ndarray, entry: Entry) -> Iterable[tuple[str, np.ndarray]]:
-        if isinstance(names, str):
-            yield names, np.array(entry.transform.to_torch(value, entry.shape), order="C")
-        else:
-            for name, part in zip(names, value, strict=True):
-                yield from unstack(name, part, entry)
-
-    return {name: x for entry in table for name, x in unstack(entry.names, flat[entry.path], entry)}
+    return {
+        name: np.array(entry.transform.to_torch(flat[entry.path][index], entry.shape), order="C")
+        for entry in table
+        for index, name in indexed(entry.names)
+    }

@@ -23,6 +23,6 @@ class Program(NamedTuple):
     batches: Batches
     steps: int
     columns: dict[str, tuple[str, str]]  # metric -> (label, format) for the terminal
-    # (state, writer) -> None, at step 0, every config.eval.every steps, and at the end
-    evaluate: Callable[[State, Any], None]
+    # (state, writer) -> further metrics of the step; at step 0, every config.eval.every steps, and at the last
+    evaluate: Callable[[State, Any], Metrics]
     finish: Callable[[State, Any], None]  # (state, writer), after the last step: tables, weights

@@ -1,4 +1,4 @@
-"""Stage `captioner`: first see (complete captions), then be terse (mostly one object, little of it), so that details pay in RL."""
+"""Stage `captioner`: first see (complete captions), then be terse, so that details pay in RL."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ def build(
     def fields(scenes: list[Scene], rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
         share = 1.0 if step < settings.see_steps else settings.terse_keeps_complete
         texts = [
-            grammar.complete(s) if rng.random() < share else grammar.terse(s, rng, settings.terse_detail) for s in scenes
+            grammar.complete(s) if rng.random() < share else grammar.terse(s, rng, settings.terse_detail)
+            for s in scenes
         ]
         tokens, mask = encode_captions(tokenizer, texts, length, end_token)
         return {"tokens": tokens, "mask": mask}
@@ -64,7 +65,7 @@ def build(
         ),
         steps=settings.see_steps + settings.terse_steps,
         columns={"loss": ("loss", ".4f"), "caption/length": ("length", ".1f")},
-        evaluate=lambda state, writer: None,
+        evaluate=lambda state, writer: {},
         finish=finish,
     )
 

@@ -63,7 +63,7 @@ def growing_scenes(curriculum_steps: int) -> Callable[[int, int, int], list[Scen
 def model_config(config: Any, name: str) -> Any:
     """The sizes of a model that starts from nothing: `config.models[name]` holds what its config.json will."""
     raw = config.models[name].to_dict()
-    config_class, _ = folder.ARCHITECTURES[folder.architecture(raw)]
+    config_class = folder.ARCHITECTURES[folder.architecture(raw)].config
     return config_class.from_hf(raw)
 
 

@@ -123,6 +123,6 @@ def build(
         ),
         steps=settings.steps,
         columns={"loss": ("loss", ".4f"), "error/objects": ("objects", ".4f")},
-        evaluate=lambda state, writer: None,
+        evaluate=lambda state, writer: {},
         finish=finish,
     )

@@ -10,12 +10,14 @@ import numpy as np
 import optax
 
 from uae_jax import optimizers, pictures, rewards, step, storage, system
-from uae_jax.bench.held_out import Evaluator, Results
+from uae_jax.bench import scores
+from uae_jax.bench.held_out import Evaluation, Evaluator
 from uae_jax.data import sources
+from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import split_seed
 from uae_jax.data.text import decode_captions
 from uae_jax.stages import Program
-from uae_jax.step import STARTING_WEIGHTS, State
+from uae_jax.step import STARTING_WEIGHTS, Metrics, State
 from uae_jax.umm import Params
 
 # Scenes in the training split's index: more than any run on a laptop reads.
@@ -28,19 +30,6 @@ COLUMNS = {
     "caption/malformed": ("malformed", ".3f"),
     "throughput/images_per_s": ("images/s", ".1f"),
 }
-
-
-HEADLINES = (
-    "reward",
-    "reward_second_tower",
-    "reward_ceiling",
-    "caption_length",
-    "caption_recall",
-    "caption_precision",
-    "caption_malformed",
-    "perception",
-    "redraw_accuracy",
-)
 
 
 def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
@@ -59,22 +48,34 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     )
     evaluator = Evaluator(config, built, mesh, images, scenes) if config.eval.enabled else None
     gallery = Gallery(config, built, mesh, images[: config.eval.pictures])
+    # A live text encoder may leave the frozen decoder behind: what do captions that are known to be right earn?
+    reference = [grammar.complete(scene) for scene in (scenes or [])[: config.eval.batch_size]]
 
-    def evaluate(state: State, writer: Any) -> None:
+    def evaluate_start(evaluator: Evaluator, writer: Any) -> None:
+        writer.message(f"evaluating the start on {len(images)} held-out images")
+        record(workdir, "before", evaluator.run(STARTING_WEIGHTS))
+
+    def evaluate(state: State, writer: Any) -> Metrics:
         if evaluator is None:
-            return
+            return {}
         at = int(state.step)
         if at == 0:
-            writer.message(f"evaluating the start on {len(images)} held-out images")
-            write_results(workdir, "before", evaluator.run(STARTING_WEIGHTS))
-        writer.image(at, "held_out", gallery.draw(state.params))
+            evaluate_start(evaluator, writer)
+        gallery.show(state.params, at, writer)
+        if config.text_encoder == "frozen" or not reference:
+            return {}
+        return {"canary/reference_reward": evaluator.reward_of_texts(state.params, reference).mean()}
 
     def finish(state: State, writer: Any) -> None:
         if evaluator is None:
             return
+        if not (workdir / "eval_before.npz").exists():  # evaluation was off then
+            evaluate_start(evaluator, writer)
         writer.message(f"evaluating the end on {len(images)} held-out images")
-        results = write_results(workdir, "after", evaluator.run(state.params))
-        writer.table("held-out comparison", ["", "before", "after"], comparison(results))
+        evaluation = evaluator.run(state.params)
+        record(workdir, "after", evaluation)
+        before = scores.load(workdir / "eval_before.npz")
+        writer.table("held-out comparison", scores.HEADER, scores.table(before, evaluation.scores))
 
     return Program(
         state=state,
@@ -121,57 +122,50 @@ class Gallery:
     def __init__(self, config: Any, built: system.System, mesh: jax.sharding.Mesh, images: np.ndarray):
         self.built, self.images = built, images
         family = built.family(config, mesh=None)
+        likeliest = built.family(config, mesh=None, temperature=0.0)
         keys = step.sample_keys(jax.random.key(config.seed), jnp.int32(0), len(images), config.rl.group_size)
 
         @jax.jit
         def roll(params: Params, frozen: Params, images: jax.Array) -> tuple[jax.Array, ...]:
-            captions = family.generate(params, frozen, images, keys)
-            redrawn = family.redraw(params, frozen, captions, images, keys)
+            """The most likely caption in place 0 and a group of samples after it: tokens, mask, redraws, rewards."""
+            one = likeliest.generate(params, frozen, images, keys[:, :1])
+            group = family.generate(params, frozen, images, keys)
+            captions = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), one, group)
+            redrawn = family.redraw(params, frozen, captions, images, jnp.concatenate([keys[:, :1], keys], axis=1))
             values = rewards.similarities(built.towers, frozen["towers"], images, redrawn)
             return captions.actions, captions.mask, redrawn, rewards.weighted_sum(values, config.reward)
 
         self.roll = roll
 
-    def draw(self, params: Params) -> np.ndarray:
-        """A contact sheet uint8 [H, W, 3]: source, best and worst redraw of each group, captions under them."""
+    def show(self, params: Params, at: int, writer: Any) -> None:
+        """Writes samples/held_out_{at}.png, a contact sheet, and .npz, the redraws of the most likely captions."""
         images = self.images.astype(np.float32) / 255.0
         actions, mask, redrawn, reward = jax.device_get(self.roll(params, self.built.frozen, images))
         rows, captions = [], []
         for i, image in enumerate(self.images):
             texts = decode_captions(self.built.tokenizer, actions[i], mask[i])
-            best, worst = int(reward[i].argmax()), int(reward[i].argmin())
-            rows.append([image, redrawn[i, best], redrawn[i, worst]])
-            captions.append(["", *(f"{reward[i, j]:.3f}  {texts[j]}" for j in (best, worst))])
-        return pictures.grid(rows, captions, ["source", "best", "worst"], scale=max(1, 144 // images.shape[1]))
+            shown = [0, 1 + int(reward[i, 1:].argmax()), 1 + int(reward[i, 1:].argmin())]
+            rows.append([image, *redrawn[i, shown]])
+            captions.append(["", *(f"{reward[i, j]:.3f}  {texts[j]}" for j in shown)])
+        header = ["source", "most likely", "best sample", "worst sample"]
+        writer.image(at, "held_out", pictures.grid(rows, captions, header, scale=max(1, 144 // images.shape[1])))
+        likeliest = np.stack([pictures.to_uint8(row[1]) for row in rows])
+        writer.arrays(at, "held_out", source=self.images, redrawn=likeliest, caption=[row[1] for row in captions])
 
 
-def write_results(workdir: Path, when: str, results: Results) -> dict[str, Results]:
-    """Adds `results` to workdir/eval.json under `before` or `after`, and returns all of it."""
+def record(workdir: Path, when: str, evaluation: Evaluation) -> None:
+    """Adds an evaluation to workdir/eval.json under `before` or `after`, and image by image to eval_{when}.npz.
+
+    The file's `change` pairs the two: mean difference and its 95% interval for every score.
+    """
+    found, captions = evaluation
+    scores.save(workdir / f"eval_{when}.npz", found)
     path = workdir / "eval.json"
     with storage.storage_errors(path):
         everything = json.loads(path.read_text()) if path.exists() and when != "before" else {}
-        everything[when] = results
-        path.write_text(json.dumps(everything, indent=2) + "\n")
-    return everything
-
-
-def comparison(results: dict[str, Results]) -> list[list[str]]:
-    """Rows (name, before, after) of the final table."""
-
-    def flatten(tree: Any, prefix: str = "") -> dict[str, float]:
-        if isinstance(tree, dict):
-            flat: dict[str, float] = {}
-            for name, value in tree.items():
-                flat |= flatten(value, f"{prefix}{name} / " if isinstance(value, dict) else f"{prefix}{name}")
-            return flat
-        return {prefix: tree} if isinstance(tree, float) else {}
-
-    columns = [flatten(results.get(when, {})) for when in ("before", "after")]
-    # The reward and what must be read beside it first, then details in groups.
-    names = sorted(dict.fromkeys([*columns[0], *columns[1]]), key=lambda name: (name.count("/"), order(name)))
-    return [[name, *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names]
-
-
-def order(name: str) -> tuple[int, str]:
-    """Sorts headlines as they are listed and everything else by name."""
-    return (HEADLINES.index(name) if name in HEADLINES else len(HEADLINES), name)
+    means = scores.nested({name: score.mean for name, score in found.items()})
+    everything[when] = {"images": len(captions), **means, "captions": captions[:16]}
+    if when == "after" and "before" in everything:
+        moved = scores.changes(scores.load(workdir / "eval_before.npz"), found)
+        everything["change"] = scores.nested({name: c and c.json() for name, c in moved.items()})
+    storage.write_atomic(path, (json.dumps(everything, indent=2) + "\n").encode())

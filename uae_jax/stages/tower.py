@@ -128,6 +128,6 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
             "accuracy/clip_second": ("second", ".3f"),
             "accuracy/judge": ("judge", ".3f"),
         },
-        evaluate=lambda state, writer: None,
+        evaluate=lambda state, writer: {},
         finish=finish,
     )

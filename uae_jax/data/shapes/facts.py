@@ -7,7 +7,6 @@ objects and the background. A stated fact is right if it holds of the object tha
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -38,28 +37,26 @@ def match(description: Description | None, scene: Scene) -> list[int | None]:
     return [i if i < n else None for i in best]
 
 
-def score(descriptions: Sequence[Description | None], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Micro-averaged recall and precision of the facts that captions state.
+def tallies(descriptions: Sequence[Description | None], scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """Facts shown, facts stated and facts rightly stated, image by image.
 
     Every scene has 4 facts an object, `count` and `background`. A caption that names at least one object states a
-    count. A malformed caption (None) states nothing. `small_objects` is a view, not added to the whole: recall over
-    all facts of small objects, precision over what is said of mentions matched to small objects.
+    count. A malformed caption (None) states nothing. `small_objects` is a view, not added to `all`: shown are all facts
+    of small objects, stated what is said of mentions matched to small objects.
 
     Args:
       descriptions: one a caption, from `grammar.parse`.
       scenes: as many.
 
     Returns:
-      {"recall", "precision", "malformed", "by_category": {category: {"recall", "precision"}}}, floats in 0..1; recall
-      is None where there was no such fact, precision where nothing was stated.
+      {"all" or a category: int [n, 3]}; recall is right / shown, precision right / stated.
     """
-    tally = {name: np.zeros(3, int) for name in CATEGORIES}  # facts, stated, right
-    for description, scene in zip(descriptions, scenes, strict=True):
+    tally = {name: np.zeros((len(scenes), 3), int) for name in CATEGORIES}
+    for n, (description, scene) in enumerate(zip(descriptions, scenes, strict=True)):
         for o in scene.objects:
             for name in (*FIELDS, *(["small_objects"] * len(FIELDS) if SIZES[o.size] == "small" else [])):
-                tally[name][0] += 1
-        tally["count"][0] += 1
-        tally["background"][0] += 1
+                tally[name][n, 0] += 1
+        tally["count"][n, 0] = tally["background"][n, 0] = 1
         if description is None:
             continue
         for mention, i in zip(description.objects, match(description, scene), strict=True):
@@ -69,25 +66,15 @@ def score(descriptions: Sequence[Description | None], scenes: Sequence[Scene]) -
                 said = getattr(mention, field)
                 if said is not None:
                     right = true is not None and said == getattr(true, field)
-                    tally[name] += (0, 1, right)
+                    tally[name][n] += (0, 1, right)
                     if small:
-                        tally["small_objects"] += (0, 1, right)
+                        tally["small_objects"][n] += (0, 1, right)
         if description.objects:
-            tally["count"] += (0, 1, len(description.objects) == len(scene.objects))
+            tally["count"][n] += (0, 1, len(description.objects) == len(scene.objects))
         if description.background is not None:
-            tally["background"] += (0, 1, description.background == scene.background)
-
-    def rates(counts: np.ndarray) -> dict[str, float | None]:
-        facts, stated, right = (int(c) for c in counts)
-        return {"recall": right / facts if facts else None, "precision": right / stated if stated else None}
-
-    whole = sum((counts for name, counts in tally.items() if name != "small_objects"), np.zeros(3, int))
-    malformed = sum(d is None for d in descriptions) / len(descriptions) if descriptions else 0.0
-    return {
-        **rates(whole),
-        "malformed": malformed,
-        "by_category": {name: rates(counts) for name, counts in tally.items()},
-    }
+            tally["background"][n] += (0, 1, description.background == scene.background)
+    everything = np.sum([counts for name, counts in tally.items() if name != "small_objects"], axis=0)
+    return {"all": everything, **tally}
 
 
 def _moves(objects: tuple[Object, ...], i: int, attribute: str) -> list[int]:

@@ -1,5 +1,7 @@
 """Name table of Qwen2.5-VL, in the key layout of the hub's checkpoints (`model.layers.*`, `visual.*`)."""
 
+from collections.abc import Mapping
+
 from uae_jax.convert.table import KEEP, LINEAR, PATCHES, Entry, Names, layers
 from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
 
@@ -7,6 +9,26 @@ from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
 def table(config: Config) -> list[Entry]:
     """Every parameter of `Qwen2_5_VL(config)`; scanned layers are stacked along leading axes."""
     return _vision(config.vision) + _text(config.text)
+
+
+# Prefixes in the hub's layout, which transformers 4.x has in memory and every release reads and writes by default, and
+# in that of transformers' classes since 4.52.
+_PREFIXES = (("model.", "model.language_model."), ("visual.", "model.visual."))
+
+
+def canonical(name: str) -> str:
+    """The table's name of a tensor, given that or transformers' newer one."""
+    return next((hub + name.removeprefix(new) for hub, new in _PREFIXES if name.startswith(new)), name)
+
+
+def module_name(name: str) -> str:
+    """Inverse of `canonical`: the table's name -> that of transformers' classes."""
+    return next((new + name.removeprefix(hub) for hub, new in _PREFIXES if name.startswith(hub)), name)
+
+
+def ties(config: Config) -> Mapping[str, str]:
+    """A head that is tied to the embedding, and stored all the same."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
 
 
 def _linear(path: str, names: Names, inputs: int, outputs: int, bias: bool) -> list[Entry]:

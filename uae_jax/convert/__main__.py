@@ -1,0 +1,81 @@
+"""Model folders in and out of training.
+
+    python -m uae_jax.convert import HF_DIR OUT_DIR
+    python -m uae_jax.convert export OUT_DIR|WEIGHTS_DIR|WORKDIR HF_DIR [--adapter]
+
+`import` checks a downloaded folder and copies it: OUT_DIR is one model's folder, such as WEIGHTS_DIR/captioner where
+config.weights = WEIGHTS_DIR. `export` writes a folder that transformers loads: of an imported model, of the captioner
+in a folder of weights, or of the captioner that a run has trained (its newest checkpoint over the weights it started
+from, adapters merged). With `--adapter` the adapters alone are written, as a PEFT folder.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from uae_jax import runtime
+from uae_jax.errors import UserError
+
+USAGE = "usage: python -m uae_jax.convert import HF_DIR OUT_DIR, or export OUT_DIR|WORKDIR HF_DIR [--adapter]"
+
+
+def export(source: Path, target: Path, adapter: bool) -> str:
+    """Writes `source` (a model's folder, a folder of weights, or a workdir) as a Hugging Face folder.
+
+    Returns:
+      What was done. Raises UserError where `source` is none of these, or see `transfer.copy_model`.
+    """
+    from uae_jax import checkpoint, system
+    from uae_jax.convert import folder, transfer
+    from uae_jax.reconstruct import load_config
+
+    if (source / "captioner").is_dir() and not (source / "config.json").exists():
+        source = source / "captioner"
+    raw = folder.load_config(source)
+    if folder.architecture(raw):
+        if adapter:
+            raise UserError(f"--adapter: {source} is a model, not the workdir of a run")
+        return transfer.copy_model(source, target)
+    if "weights" not in raw:
+        raise UserError(f"{source} is neither a model's folder, a folder of weights, nor the workdir of a run")
+    config = load_config(source)
+    step = checkpoint.latest_step(source / "checkpoints")
+    if step is None:
+        raise UserError(f"{source}/checkpoints holds no complete checkpoint: there is nothing trained to export")
+    leaves = checkpoint.open_leaves(source / "checkpoints", step, "params/encoder/")
+    trained = transfer.Trained(leaves.shapes, leaves.read, config.get("lora", {}).get("alpha", 1.0))
+    start = system.weights_folder(config) / "captioner"
+    if adapter:
+        done = transfer.export_adapter(start, target, trained)
+    else:
+        done = transfer.copy_model(start, target, trained)
+    return f"{done}; step {step} of {source}"
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and converts."""
+    if "--help" in arguments:
+        print(__doc__)
+        return
+    adapter = "--adapter" in arguments
+    words = [word for word in arguments[1:] if word != "--adapter"]
+    wrong = [word for word in words if word.startswith("-")]
+    if wrong or len(words) != 3 or words[0] not in ("import", "export") or (adapter and words[0] == "import"):
+        raise UserError(USAGE)
+    runtime.prepare()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may be using the accelerator
+    # A stop leaves no half-written folder either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    source, target = Path(words[1]), Path(words[2])
+    if words[0] == "import":
+        from uae_jax.convert import transfer
+
+        done = transfer.copy_model(source, target)
+    else:
+        done = export(source, target, adapter)
+    print(f"wrote {target}: {done}")
+
+
+if __name__ == "__main__":
+    runtime.run(main, sys.argv)
