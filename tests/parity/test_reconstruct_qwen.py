@@ -10,10 +10,12 @@ from PIL import Image
 
 from tests import tiny
 from tests.parity.conftest import redraw
-from uae_jax import checkpoint, reconstruct
+from uae_jax import checkpoint, reconstruct, system
 from uae_jax.data import images
+from uae_jax.data.text import retokenised
 from uae_jax.errors import UserError
 from uae_jax.models.qwen2_5_vl.prompts import encode_chat
+from uae_jax.umm import caption
 
 torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="pip install '.[parity]'")
@@ -169,6 +171,30 @@ def test_a_chat_needs_a_template():
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         encode_chat(tokenizer, MESSAGES)
+
+
+def test_no_added_token_is_sampled(qwen):
+    """Image placeholders, markup, tool calls (not called special by the hub's tokenizer either), and unused ids."""
+    folder, model, tokenizer = qwen
+    size, end = model.config.text_config.vocab_size, tokenizer.eos_token_id
+    allowed = caption.allowed_tokens(system.load_tokenizer(folder / "weights" / "captioner"), size, end)
+    added = set(tokenizer.added_tokens_decoder)
+    assert len(added) == 7 and allowed[end] and allowed.sum() == len(tokenizer) - 6
+    assert not allowed[sorted(added - {end})].any() and not allowed[len(tokenizer) :].any()
+
+
+def test_text_may_read_as_other_tokens(qwen):
+    """Bytes that the tokenizer would have merged."""
+    folder, _, _ = qwen
+    tokenizer = system.load_tokenizer(folder / "weights" / "captioner")
+    word, end = tokenizer.encode("red circle").ids, tokenizer.token_to_id("<|im_end|>")
+    letters = [i for letter in "red circle" for i in tokenizer.encode(letter).ids]
+    assert len(word) < len(letters) == 10
+    ids, mask = np.full((3, 11), end), np.zeros((3, 11), bool)
+    for row, tokens in enumerate((word, letters, [])):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens) + 1] = True
+    assert retokenised(tokenizer, ids, mask, end).tolist() == [False, True, False]
 
 
 def test_older_runs_keep_working(qwen, tmp_path):
