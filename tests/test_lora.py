@@ -11,6 +11,7 @@ from uae_jax import lora, optimizers, sharding, step, system
 from uae_jax.errors import UserError
 from uae_jax.models.dense import Dense
 from uae_jax.step import STARTING_WEIGHTS
+from uae_jax.umm import Family
 
 RANK, ALPHA = 3, 6.0
 EVERYTHING = "language/layers/.*|visual/.*"
@@ -24,6 +25,12 @@ def config_of(weights, **changes):
 def built(weights):
     config = config_of(weights)
     return system.load(config, sharding.make_mesh(config))
+
+
+@pytest.fixture(scope="module")
+def family(weights, built):
+    """Its functions, compiled once for all tests: with adapters, and without."""
+    return Family(*map(jax.jit, built.family(config_of(weights, rl__max_tokens=12))))
 
 
 def flat(tree):
@@ -86,33 +93,23 @@ def test_adapters_lie_beside_the_kernels(weights, built):
         lora.initial(start, RANK, "embed", jax.random.key(0))
 
 
-def test_adapters_at_first_change_nothing(weights, built):
-    """To the bit: captions, log-probs, redraws."""
-    config = config_of(weights)
-    family = built.family(config)
-
-    @jax.jit
-    def everything(params, frozen, images, keys):
-        captions = family.generate(params, frozen, images, keys)
-        return captions, family.log_probs(params, frozen, images, {"caption": captions})
-
-    fresh = {"encoder": system.trained(built.frozen["start"], config)}
-    for a, b in zip(
-        jax.tree.leaves(everything(fresh, built.frozen, images(2), keys(2, 3))),
-        jax.tree.leaves(everything(STARTING_WEIGHTS, built.frozen, images(2), keys(2, 3))),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+def test_adapters_at_first_change_nothing(weights, built, family):
+    """To the bit, captions and log-probs: the KL to the reference is 0."""
+    fresh = {"encoder": system.trained(built.frozen["start"], config_of(weights))}
+    captions, scores = [], []
+    for params in (fresh, STARTING_WEIGHTS):
+        captions.append(family.generate(params, built.frozen, images(3), keys(3, 4)))
+        scores.append(family.log_probs(params, built.frozen, images(3), {"caption": captions[0]})["caption"])
+    jax.tree.map(np.testing.assert_array_equal, *captions)
+    np.testing.assert_array_equal(*scores)
 
 
-def test_adapters_are_added_kernels_for_sampler_and_scorer(weights, built):
+def test_adapters_are_added_kernels_for_sampler_and_scorer(weights, built, family):
     """Trained adapters sample and score as a model with merged kernels does; the starting weights stay as they were."""
-    config = config_of(weights, rl__max_tokens=12)
-    family = built.family(config)
-    adapters = moved(system.trained(built.frozen["start"], config))
+    adapters = moved(system.trained(built.frozen["start"], config_of(weights)))
     full = built.frozen | {"start": merged(built.frozen["start"], adapters)}
 
-    generate, log_probs = jax.jit(family.generate), jax.jit(family.log_probs)
+    generate, log_probs = family.generate, family.log_probs
     captions = generate({"encoder": adapters}, built.frozen, images(3), keys(3, 4))
     trajectory = {"caption": captions}
     scored = log_probs({"encoder": adapters}, built.frozen, images(3), trajectory)["caption"]
@@ -160,15 +157,15 @@ def make(config, built):
     return step.State(jnp.int32(0), jax.random.key(0), params, optimizer.init(params), jnp.int32(0)), function
 
 
-def test_the_text_encoder_is_the_base(weights, built):
+def test_the_text_encoder_is_the_base(weights, built, family):
     """Frozen it ignores adapters; live it has them."""
     config = config_of(weights)
     adapters = {"encoder": moved(system.trained(built.frozen["start"], config))}
-    captions = jax.jit(built.family(config).generate)(STARTING_WEIGHTS, built.frozen, images(1), keys(1, 2))
+    captions = family.generate(STARTING_WEIGHTS, built.frozen, images(3), keys(3, 4))
     for encoder, differs in (("frozen", False), ("live", True)):
         redraw = jax.jit(built.family(config_of(weights, text_encoder=encoder)).redraw)
         with_adapters, without = (
-            np.asarray(redraw(p, built.frozen, captions, images(1), keys(1, 2))) for p in (adapters, STARTING_WEIGHTS)
+            np.asarray(redraw(p, built.frozen, captions, images(3), keys(3, 4))) for p in (adapters, STARTING_WEIGHTS)
         )
         assert (with_adapters != without).any() == differs
 
