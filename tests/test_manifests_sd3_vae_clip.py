@@ -14,6 +14,9 @@ from uae_jax.convert.table import flat_names, param_shape
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import model as clip_model
 from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.flux import config as flux_config
+from uae_jax.models.flux import model as flux_model
+from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import model as sd3_model
 from uae_jax.models.sd3 import weights as sd3_weights
@@ -23,11 +26,13 @@ from uae_jax.models.vae import weights as vae_weights
 
 MANIFESTS = Path(__file__).parents[2] / "shared/manifests"
 SD3 = (sd3_config.Config, sd3_weights.table, sd3_model.SD3Transformer)
+FLUX = (flux_config.Config, flux_weights.table, flux_model.FluxTransformer)
 VAE = (vae_config.Config, vae_weights.table, vae_model.AutoencoderKL)
 CLIP = (clip_config.Config, clip_weights.table, clip_model.CLIP)
 MODELS: dict[str, Any] = {
     "sd3_5_medium": SD3,
     "sd3_5_large": SD3,
+    "flux_1_dev": FLUX,
     "vae_sd3": VAE,
     "vae_flux": VAE,
     "clip_vit_l14": CLIP,
@@ -44,6 +49,10 @@ def inputs(config: Any) -> list[jax.ShapeDtypeStruct]:
         case sd3_config.Config():
             text, pooled = config.joint_attention_dim, config.pooled_projection_dim
             return [array(1, 128, 128, config.in_channels), array(1, 256, text), array(1, pooled), array(1)]
+        case flux_config.Config():
+            text, pooled = config.joint_attention_dim, config.pooled_projection_dim
+            shapes = [(1, 64, 64, config.in_channels // 4), (1, 256, text), (1, pooled), (1,), (1, 256), (1,)]
+            return [array(*shape) for shape in shapes]
         case vae_config.Config():
             return [array(1, 64, 64, config.in_channels)]
         case clip_config.Config():

@@ -1,5 +1,7 @@
 """The VAE against diffusers' AutoencoderKL."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from tests.parity.conftest import redraw, tensors
 from uae_jax.convert.table import load, save
 from uae_jax.errors import UserError
 from uae_jax.models.vae.config import Config
-from uae_jax.models.vae.model import AutoencoderKL, GroupNorm
+from uae_jax.models.vae.model import AutoencoderKL, GroupNorm, gaussian
+from uae_jax.models.vae.pieces import sliced, tiled
 from uae_jax.models.vae.weights import table
 
 torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
@@ -139,3 +142,43 @@ def test_config():
         Config.from_hf({**hf, "depth": 3})
     with pytest.raises(UserError, match="8 does not divide into 3 groups"):
         Config.from_hf({**hf, "norm_num_groups": 3})
+
+
+def test_slices_are_the_whole(tiny):
+    _, model, variables = tiny
+    latents = draw(2, 3, 4, 3, 5)
+    decode = jax.jit(lambda z: model.apply(variables, z, method="decode"))
+    expected = decode(latents)
+    for axis in (0, 1):
+        found = sliced(decode, latents, axis)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_tiles():
+    """Three rows and two columns of tiles, the last of them smaller; and an image of a single tile, left whole."""
+    config = dataclasses.replace(TINY, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+    reference = diffusers.AutoencoderKL.from_config(config.to_hf()).eval()
+    redraw(reference)
+    model, variables = AutoencoderKL(config), {"params": load(table(config), tensors(reference))}
+    decode = jax.jit(lambda z: model.apply(variables, z, method="decode"))
+    moments = jax.jit(lambda x: model.apply(variables, x, method="moments"))
+    reference.enable_tiling()
+    reference.tile_latent_min_size, reference.tile_sample_min_size = 8, 16
+    for height, width in ((14, 10), (2, 8)):
+        latents, images = draw(2, height, width, 5), 0.5 * draw(2, 2 * height, 2 * width, 3)
+        with torch.no_grad():
+            decoded = reference.decode(to_torch(latents)).sample.permute(0, 2, 3, 1).numpy()
+            posterior = reference.encode(to_torch(images)).latent_dist
+            whole = reference.decoder(to_torch(latents)).permute(0, 2, 3, 1).numpy()
+        assert (np.abs(decoded - whole).max() < 1e-4) == (height == 2)
+        found = tiled(decode, latents, 8, 16)
+        assert found.shape == decoded.shape
+        np.testing.assert_allclose(found, decoded, rtol=0, atol=1e-4)
+        mean, logvar = gaussian(tiled(moments, images, 16, 8))
+        np.testing.assert_allclose(mean, posterior.mean.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logvar, posterior.logvar.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-4)
+
+
+def test_tiles_overlap_by_whole_pixels():
+    with pytest.raises(ValueError, match="10 -> 80"):
+        tiled(lambda x: x, np.zeros((16, 16, 1)), 10, 80)

@@ -17,11 +17,17 @@ from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier import model as cell_classifier
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.flux import config as flux_config
+from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.t5 import config as t5_config
+from uae_jax.models.t5 import weights as t5_weights
+from uae_jax.models.vae import config as vae_config
+from uae_jax.models.vae import weights as vae_weights
 
 WEIGHTS = "model.safetensors"
 
@@ -41,7 +47,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
     ),
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
+    "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
+    "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
     "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
+    "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
+    "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
+    "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, ties=t5_weights.ties),
     "Projector": Architecture(projector.Config, projector.table),
     "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
 }

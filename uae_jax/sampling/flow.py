@@ -18,16 +18,16 @@ def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def sigmas(steps: int, shift: float, spacing: str) -> np.ndarray:
+def sigmas(steps: int, shift: float, spacing: str, once: bool = False) -> np.ndarray:
     """Noise levels [steps + 1] from 1 down to 0.
 
     `diffusers`: what FlowMatchEulerDiscreteScheduler does for SD3, whose smallest level is shifted twice and lies close
-    to 0. `uniform`: linspace(1, 1 / steps), shifted once, so that no step is spent beside 0 (FLUX's pipeline; the
-    better choice for a handful of steps).
+    to 0; `once`, when the shift depends on the size of the image. `uniform`: linspace(1, 1 / steps), always shifted
+    once, so that no step is spent beside 0 (FLUX's pipeline; the better choice for a handful of steps).
     """
     if spacing == "diffusers":
-        lowest = shifted(np.asarray(1.0 / TRAIN_TIMESTEPS), shift)
-        levels = np.linspace(1.0, lowest, steps)
+        lowest = np.asarray(1.0 / TRAIN_TIMESTEPS)
+        levels = np.linspace(1.0, lowest if once else shifted(lowest, shift), steps)
     elif spacing == "uniform":
         levels = np.linspace(1.0, 1.0 / steps, steps)
     else:

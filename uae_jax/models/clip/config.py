@@ -80,6 +80,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 77,
     "eos_token_id": 49407,
 }
+_TEXT_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _SHARED_DEFAULTS: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
@@ -134,4 +135,36 @@ class Config:
                 "projection_dim": self.projection_dim,
                 **dataclasses.asdict(self.text),
             },
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModelConfig:
+    """A text tower on its own, with a projection (SD3's encoders) or, where it is None, without (FLUX's)."""
+
+    text: TextConfig
+    projection_dim: int | None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "TextModelConfig":
+        """Reads transformers' `config.json`; fields left out take transformers' defaults.
+
+        Raises:
+          UserError: it is another model's config.
+        """
+        name = (hf.get("architectures") or ["CLIPTextModelWithProjection"])[0]
+        if name not in _TEXT_MODELS:
+            raise UserError(f"this is a {name} config, not one of {', '.join(_TEXT_MODELS)}")
+        defaults = {**_SHARED_DEFAULTS, **_TEXT_DEFAULTS}
+        text = TextConfig(**{field: hf.get(field, default) for field, default in defaults.items()})
+        return cls(text, hf.get("projection_dim", 512) if name == "CLIPTextModelWithProjection" else None)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers reads."""
+        projected = self.projection_dim is not None
+        return {
+            "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **({"projection_dim": self.projection_dim} if projected else {}),
+            **dataclasses.asdict(self.text),
         }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from uae_jax.errors import UserError
 from uae_jax.models.attention import attention
-from uae_jax.models.clip.config import Config, TextConfig, VisionConfig
+from uae_jax.models.clip.config import Config, TextConfig, TextModelConfig, VisionConfig
 from uae_jax.models.dense import Dense
 
 
@@ -22,14 +22,18 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: [..., t, d] -> [..., t, d]; mask bool, broadcastable to [..., t, t]."""
+    """Pre-norm transformer layer: [..., t, d] -> [..., t, d]; mask bool, broadcastable to [..., t, t].
+
+    With `inputs` the second output, which a scan stacks, is the layer's input.
+    """
 
     config: VisionConfig | TextConfig
     dtype: jnp.dtype
+    inputs: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
-        config = self.config
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        config, before = self.config, x if self.inputs else None
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=self.dtype, name=name)
@@ -44,10 +48,10 @@ class Layer(nn.Module):
         x = x + Dense(config.hidden_size, dtype=self.dtype, name="out_proj")(y)
         y = Dense(config.intermediate_size, dtype=self.dtype, name="fc1")(norm("layer_norm2")(x))
         y = activation(config.hidden_act)(y)
-        return x + Dense(config.hidden_size, dtype=self.dtype, name="fc2")(y), None
+        return x + Dense(config.hidden_size, dtype=self.dtype, name="fc2")(y), before
 
 
-def _layers(config: VisionConfig | TextConfig, dtype: jnp.dtype) -> Layer:
+def _layers(config: VisionConfig | TextConfig, dtype: jnp.dtype, inputs: bool = False) -> nn.Module:
     """The tower's layers, scanned: their parameters have a leading layer axis."""
     scanned = nn.scan(
         Layer,
@@ -56,7 +60,7 @@ def _layers(config: VisionConfig | TextConfig, dtype: jnp.dtype) -> Layer:
         in_axes=nn.broadcast,
         length=config.num_hidden_layers,
     )
-    return scanned(config, dtype, name="layers")
+    return scanned(config, dtype, inputs, name="layers")
 
 
 class VisionTower(nn.Module):
@@ -93,7 +97,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Text tower: tokens [..., t] -> (last_hidden [..., t, d] after the final norm, pooled [..., d])."""
+    """Text tower: ids [..., t] -> (states before the last layer [..., t, d], pooled after the final norm [..., d])."""
 
     config: TextConfig
     dtype: jnp.dtype
@@ -111,12 +115,12 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", normal, (config.max_position_embeddings, config.hidden_size))
         x = embed(tokens) + positions[:t].astype(dtype)
         # Padding stands behind the end token: the causal mask alone hides it from what is pooled.
-        x, _ = _layers(config, dtype)(x, jnp.tril(jnp.ones((t, t), bool)))
+        x, inputs = _layers(config, dtype, inputs=True)(x, jnp.tril(jnp.ones((t, t), bool)))
         x = nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=dtype, name="final_layer_norm")(
             x
         )
         end = jnp.argmax(tokens if config.eos_token_id == 2 else tokens == config.eos_token_id, axis=-1)
-        return x, jnp.take_along_axis(x, end[..., None, None], axis=-2)[..., 0, :]
+        return inputs[-1], jnp.take_along_axis(x, end[..., None, None], axis=-2)[..., 0, :]
 
 
 class CLIP(nn.Module):
@@ -168,3 +172,37 @@ class CLIP(nn.Module):
     def __call__(self, pixels: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(image features, text features, scale of their cosine as a logit, a float32 scalar)."""
         return self.image_features(pixels), self.text_features(tokens), jnp.exp(self.logit_scale)
+
+
+class CLIPText(nn.Module):
+    """The text tower alone, as decoders use it (transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection`).
+
+    Top-level parameters: text, and text_projection with a projection; both as in `CLIP`.
+
+    Attributes:
+      config: sizes.
+      dtype: compute dtype; parameters are float32, norms and softmax compute in float32.
+    """
+
+    config: TextModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """States of all tokens and of the text.
+
+        Args:
+          tokens: ids [..., t], each row holding an end token; what follows it is not seen.
+
+        Returns:
+          hidden [..., t, d], before the last layer and any final norm (transformers' `hidden_states[-2]`, which SD3
+          reads); pooled [..., projection_dim], or [..., d] without a projection.
+
+        Raises:
+          UserError: there are more tokens than positions.
+        """
+        hidden, pooled = TextTower(self.config.text, self.dtype, name="text")(tokens)
+        if self.config.projection_dim is not None:
+            projection = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+            pooled = projection(pooled)
+        return hidden, pooled

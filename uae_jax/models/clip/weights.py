@@ -1,7 +1,7 @@
-"""Names of CLIP's tensors in transformers' `CLIPModel` checkpoints."""
+"""Names of CLIP's tensors in transformers' checkpoints of `CLIPModel` and of its text tower alone."""
 
 from uae_jax.convert.table import LINEAR, PATCHES, Entry, layers
-from uae_jax.models.clip.config import Config, TextConfig, VisionConfig
+from uae_jax.models.clip.config import Config, TextConfig, TextModelConfig, VisionConfig
 
 
 def _norm(path: str, name: str, width: int) -> list[Entry]:
@@ -26,6 +26,28 @@ def _layers(config: VisionConfig | TextConfig, path: str, prefix: str) -> list[E
     return entries
 
 
+def _text(config: TextConfig) -> list[Entry]:
+    """Entries of the text tower, which are the same in a model of its own."""
+    return [
+        Entry(
+            "text/token_embedding/embedding",
+            "text_model.embeddings.token_embedding.weight",
+            (config.vocab_size, config.hidden_size),
+        ),
+        Entry(
+            "text/position_embedding",
+            "text_model.embeddings.position_embedding.weight",
+            (config.max_position_embeddings, config.hidden_size),
+        ),
+        *_layers(config, "text", "text_model"),
+        *_norm("text/final_layer_norm", "text_model.final_layer_norm", config.hidden_size),
+    ]
+
+
+def _text_projection(config: TextConfig, out: int) -> Entry:
+    return Entry("text_projection/kernel", "text_projection.weight", (out, config.hidden_size), LINEAR)
+
+
 def table(config: Config) -> list[Entry]:
     """The name table of `CLIP(config)`."""
     vision, text = config.vision, config.text
@@ -44,18 +66,18 @@ def table(config: Config) -> list[Entry]:
         *_norm("vision/pre_layernorm", "vision_model.pre_layrnorm", d),
         *_layers(vision, "vision", "vision_model"),
         *_norm("vision/post_layernorm", "vision_model.post_layernorm", d),
-        Entry(
-            "text/token_embedding/embedding",
-            "text_model.embeddings.token_embedding.weight",
-            (text.vocab_size, text.hidden_size),
-        ),
-        Entry(
-            "text/position_embedding",
-            "text_model.embeddings.position_embedding.weight",
-            (text.max_position_embeddings, text.hidden_size),
-        ),
-        *_layers(text, "text", "text_model"),
-        *_norm("text/final_layer_norm", "text_model.final_layer_norm", text.hidden_size),
+        *_text(text),
         Entry("visual_projection/kernel", "visual_projection.weight", (config.projection_dim, d), LINEAR),
-        Entry("text_projection/kernel", "text_projection.weight", (config.projection_dim, text.hidden_size), LINEAR),
+        _text_projection(text, config.projection_dim),
     ]
+
+
+def text_table(config: TextModelConfig) -> list[Entry]:
+    """The name table of `CLIPText(config)`."""
+    projection = [] if config.projection_dim is None else [_text_projection(config.text, config.projection_dim)]
+    return [*_text(config.text), *projection]
+
+
+def canonical_text(name: str) -> str:
+    """A tensor's name in `text_table`: transformers 5 saves a `CLIPTextModel` without the prefix of the hub's files."""
+    return f"text_model.{name}" if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else name

@@ -4,8 +4,6 @@ Image and text are two residual streams with their own weights that meet in one 
 medium adds a second attention among image tokens in its first blocks.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,13 +13,8 @@ from uae_jax.errors import UserError
 from uae_jax.models import rematerialised
 from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
+from uae_jax.models.mmdit import NEAR_ZERO, Embedder, FeedForward, Modulation, layer_norm, modulate, timestep_embedding
 from uae_jax.models.sd3.config import Config
-
-TIME_CHANNELS = 256
-
-# Gates, shifts and the head start close to zero (adaLN-Zero, Peebles & Xie 2023), yet far enough from it that a fresh
-# model depends on all of its inputs.
-_NEAR_ZERO = nn.initializers.normal(0.02)
 
 
 def position_table(config: Config) -> jax.Array:
@@ -39,60 +32,6 @@ def position_table(config: Config) -> jax.Array:
     columns = jnp.broadcast_to(axis[None, :, :], (size, size, 2 * quarter))
     rows = jnp.broadcast_to(axis[:, None, :], (size, size, 2 * quarter))
     return jnp.concatenate([columns, rows], axis=-1).reshape(1, size * size, config.width)
-
-
-def timestep_embedding(timestep: jax.Array) -> jax.Array:
-    """Sinusoids of a timestep in 0..1000, float32 [...] -> [..., 256], cosines first (Vaswani et al. 2017)."""
-    half = TIME_CHANNELS // 2
-    exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    # Exponents rounded as in the reference, then a correctly rounded exp: one ulp is 1e-4 of a radian at time 1000.
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = timestep.astype(jnp.float32)[..., None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def _layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False, dtype=dtype)
-
-
-def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * (1 + scale) + shift
-
-
-class Modulation(nn.Module):
-    """The `chunks` shifts, scales and gates of a block: [..., d] -> `chunks` x [..., 1, d], once per sample."""
-
-    chunks: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, condition: jax.Array) -> list[jax.Array]:
-        x = Dense(self.chunks * condition.shape[-1], dtype=self.dtype, kernel_init=_NEAR_ZERO, name="linear")(condition)
-        return jnp.split(x[..., None, :], self.chunks, axis=-1)
-
-
-class Embedder(nn.Module):
-    """Linear, SiLU, linear: [..., k] -> [..., width]."""
-
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-        return Dense(self.width, dtype=self.dtype, name="linear_2")(x)
-
-
-class FeedForward(nn.Module):
-    """Linear to 4 d, tanh GELU, linear back: [..., d] -> [..., d]."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        x = nn.gelu(Dense(4 * width, dtype=self.dtype, name="up")(x), approximate=True)
-        return Dense(width, dtype=self.dtype, name="down")(x)
 
 
 class Attention(nn.Module):
@@ -156,8 +95,8 @@ class Block(nn.Module):
         image, text = streams
         chunks = Modulation(9 if self.dual else 6, self.dtype, name="norm1")(condition)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = chunks[:6]
-        normed = _layer_norm(self.dtype)(image)
-        normed_text = _layer_norm(self.dtype)(text)
+        normed = layer_norm(self.dtype)(image)
+        normed_text = layer_norm(self.dtype)(text)
         if self.last:
             text_scale, text_shift = Modulation(2, self.dtype, name="norm1_context")(condition)
         else:
@@ -166,18 +105,18 @@ class Block(nn.Module):
             )(condition)
 
         joint = Attention(self.config, self.dtype, text_out=not self.last, name="attn")
-        x, y = joint(_modulate(normed, shift, scale), _modulate(normed_text, text_shift, text_scale), mask)
+        x, y = joint(modulate(normed, shift, scale), modulate(normed_text, text_shift, text_scale), mask)
         image = image + gate * x
         if self.dual:
             shift2, scale2, gate2 = chunks[6:]
-            x, _ = Attention(self.config, self.dtype, name="attn2")(_modulate(normed, shift2, scale2))
+            x, _ = Attention(self.config, self.dtype, name="attn2")(modulate(normed, shift2, scale2))
             image = image + gate2 * x
-        x = _modulate(_layer_norm(self.dtype)(image), shift_ff, scale_ff)
+        x = modulate(layer_norm(self.dtype)(image), shift_ff, scale_ff)
         image = image + gate_ff * FeedForward(self.dtype, name="ff")(x)
 
         if y is not None:
             text = text + text_gate * y
-            y = _modulate(_layer_norm(self.dtype)(text), text_shift_ff, text_scale_ff)
+            y = modulate(layer_norm(self.dtype)(text), text_shift_ff, text_scale_ff)
             text = text + text_gate_ff * FeedForward(self.dtype, name="ff_context")(y)
         return (image, text), None
 
@@ -259,8 +198,8 @@ class SD3Transformer(nn.Module):
         (image, _), _ = Block(config, self.dtype, last=True, name="last_block")(streams, condition, text_mask)
 
         scale, shift = Modulation(2, self.dtype, name="norm_out")(condition)
-        image = _modulate(_layer_norm(self.dtype)(image), shift, scale)
-        head = Dense(p * p * config.out_channels, dtype=self.dtype, kernel_init=_NEAR_ZERO, name="proj_out")
+        image = modulate(layer_norm(self.dtype)(image), shift, scale)
+        head = Dense(p * p * config.out_channels, dtype=self.dtype, kernel_init=NEAR_ZERO, name="proj_out")
         image = head(image).reshape(*batch, rows, columns, p, p, config.out_channels)
         return jnp.einsum("...hwpqc->...hpwqc", image).reshape(*batch, height, width, config.out_channels)
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from uae_jax.convert.table import LINEAR, PATCHES, Entry, Names, layers
+from uae_jax.models.mmdit import TIME_CHANNELS
 from uae_jax.models.sd3.config import Config
-from uae_jax.models.sd3.model import TIME_CHANNELS
 
 
 def _linear(path: str, weight: Names, bias: Names, out: int, width: int) -> list[Entry]:

@@ -158,6 +158,12 @@ class Decoder(nn.Module):
         return _conv(config.out_channels, self.dtype, "conv_out")(x)
 
 
+def gaussian(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance (clipped to -30..20) of latents from the encoder's output."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
 class AutoencoderKL(nn.Module):
     """Images to Gaussians over latents, and latents to images.
 
@@ -185,8 +191,11 @@ class AutoencoderKL(nn.Module):
         Returns:
           mean, logvar (clipped to -30..20): [..., H / downsampling, W / downsampling, latent_channels].
         """
-        mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30.0, 20.0)
+        return gaussian(self.moments(images))
+
+    def moments(self, images: jax.Array) -> jax.Array:
+        """What `gaussian` splits: images as in `encode` -> [..., h, w, 2 latent_channels]."""
+        return self.encoder(images)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images [..., H, W, out_channels], about -1..1 and not clipped, of latents [..., h, w, latent_channels]."""
