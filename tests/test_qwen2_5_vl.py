@@ -224,11 +224,15 @@ def test_angles_are_exact():
     assert np.abs(found - positions.T * speeds).max() < 30000 * 2e-7
 
 
-def from_manifest(name):
+def manifest_of(name):
     file = MANIFESTS / f"qwen2_5_vl_{name}.json.gz"
     if not file.exists():
         pytest.skip(f"no {file.name}")
-    manifest = json.loads(gzip.decompress(file.read_bytes()))
+    return json.loads(gzip.decompress(file.read_bytes()))
+
+
+def from_manifest(name):
+    manifest = manifest_of(name)
     return Config.from_hf(manifest["config"]), {key: tuple(shape) for key, shape in manifest["tensors"].items()}
 
 

@@ -71,10 +71,8 @@ def rollout(weights, hidden, keys, mesh):
         hidden,
         decode,
         keys,
-        max_tokens=9,
-        end_token=1,
         allowed=jnp.ones(16, bool),
-        temperature=1.0,
+        sampling=tokens.Sampling(max_tokens=9, stops=(1,)),
     ).actions
 
 

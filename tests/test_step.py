@@ -9,10 +9,12 @@ import pytest
 
 from tests import tiny
 from uae_jax import optimizers, rewards, sharding, step, system
+from uae_jax.models.qwen2_5_vl import inputs
+from uae_jax.models.qwen2_5_vl.prompts import expand
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Segment
 from uae_jax.step import STARTING_WEIGHTS
-from uae_jax.umm import Family, diffusion
+from uae_jax.umm import Family
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +77,17 @@ def test_sampler_and_scorer_agree_for_every_token(weights, built, temperature):
 def greedy_without_cache(built, image, max_tokens):
     """Greedy decoding that reads the whole sequence again for every token."""
     captioner, prompts, weights = built.modules.captioner, built.prompts, built.frozen["start"]
-    vision, p = captioner.config.vision, len(prompts.caption)
-    layout, _ = diffusion.inputs.layout(48, 48, vision)
+    vision = captioner.config.vision
+    layout, _ = inputs.layout(48, 48, vision)
     grid = (48 // vision.patch_size,) * 2
+    prompt = expand(prompts.caption, [grid], captioner.config)
+    p = len(prompt)
     call = lambda *args, method: captioner.apply({"params": weights}, *args, method=method)  # noqa: E731
 
     @jax.jit
     def logits(ids, length):
-        pixels = (image - diffusion.inputs.IMAGE_MEAN) / diffusion.inputs.IMAGE_STD
-        features = call(diffusion.inputs.patchify(pixels, vision), layout, method="encode_image")
+        pixels = (image - inputs.IMAGE_MEAN) / inputs.IMAGE_STD
+        features = call(inputs.patchify(pixels, vision), layout, method="encode_image")
         embeds = call(ids, features, method="embed")
         # Causal, so what stands after `length` does not matter.
         causal = jnp.tril(jnp.ones((len(ids), len(ids)), bool))
@@ -91,8 +95,8 @@ def greedy_without_cache(built, image, max_tokens):
         return call(hidden[length - 1], method="logits")
 
     ids = np.full(p + max_tokens, 9, np.int32)
-    ids[:p] = prompts.caption
-    positions, _ = diffusion.inputs.rope_positions(ids, [grid], captioner.config)
+    ids[:p] = prompt
+    positions, _ = inputs.rope_positions(ids, [grid], captioner.config)
     for length in range(p, p + max_tokens):
         ids[length] = np.where(built.allowed, logits(ids, length), -np.inf).argmax()
         if ids[length] == prompts.end_token:

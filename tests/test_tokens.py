@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core as jax_core
 
 from uae_jax.sampling import tokens
-from uae_jax.sampling.tokens import Segment
+from uae_jax.sampling.tokens import Sampling, Segment
 
 V, D, T, END = 7, 4, 9, 3
 ALLOWED = np.array([False, True, True, True, False, True, True])  # token 0 pads, token 4 is forbidden
@@ -38,21 +38,19 @@ def decode(token, i, cache):
     return jnp.tanh(hidden) @ HEAD, {**cache, "slots": slots, "calls": cache["calls"] + 1}
 
 
-def run(prompt, keys, *, decode=decode, temperature=1.0, max_tokens=T, end_token=END, allowed=ALLOWED) -> Segment:
+def run(prompt, keys, *, decode=decode, allowed=ALLOWED, **options) -> Segment:
     cache = {"prompt": prompt, "slots": jnp.zeros((*prompt.shape[:-1], T, D)), "calls": jnp.int32(0)}
     return tokens.sample(
         jnp.tanh(prompt) @ HEAD,
         cache,
         decode,
         keys,
-        max_tokens=max_tokens,
-        end_token=end_token,
         allowed=jnp.asarray(allowed),
-        temperature=temperature,
+        sampling=Sampling(**{"max_tokens": T, "stops": (END,)} | options),
     )
 
 
-compiled = jax.jit(run, static_argnames=("decode", "temperature", "max_tokens", "end_token"))
+compiled = jax.jit(run, static_argnames=("decode", *Sampling._fields))
 
 
 def sample(*args, allowed=ALLOWED, **kwargs) -> Segment:
@@ -92,7 +90,7 @@ def test_forbidden_tokens_never_appear():
 @pytest.mark.parametrize("end_token", [END, 0])
 def test_nothing_counts_after_the_end_token(end_token):
     allowed = ALLOWED | (np.arange(V) == end_token)
-    found = sample(*start(ROWS), end_token=end_token, allowed=allowed)
+    found = sample(*start(ROWS), stops=(end_token,), allowed=allowed)
     ends = (found.actions == end_token) & found.mask
     assert (ends.sum(-1) <= 1).all() and ends.any()
     for row in range(ROWS):
@@ -219,6 +217,58 @@ def test_frequencies_follow_the_distribution(temperature):
     df = len(counts) - 1
     # The 99.9 % quantile of chi-square (Wilson and Hilferty's approximation).
     assert df > 8 and statistic < df * (1 - 2 / (9 * df) + 3.09 * np.sqrt(2 / (9 * df))) ** 3
+
+
+def test_several_stops():
+    """Each ends a row; without the second those rows would go on."""
+    found, one = sample(*start(ROWS), stops=(END, 5)), sample(*start(ROWS))
+    length = found.mask.sum(-1)
+    for row, n in enumerate(length):
+        assert not np.isin(found.actions[row, : n - 1], (END, 5)).any()
+        assert n == T or found.actions[row, n - 1] in (END, 5)
+        assert np.array_equal(found.actions[row, :n], one.actions[row, :n])
+    lasts = set(found.actions[np.arange(ROWS), length - 1].tolist())
+    assert {END, 5} <= lasts and (one.mask.sum(-1) > length).any()
+
+
+@pytest.mark.parametrize("top_k,top_p", [(1, 1.0), (2, 1.0), (0, 0.5), (0, 0.9), (3, 0.6), (100, 1.0), (0, 1e-6)])
+def test_narrowed_by_hand(top_k, top_p):
+    """Against sorting each row: k largest, then the shortest prefix whose renormalised mass reaches p."""
+    table = recompute(start(1)[0][0], np.array([1, 2, 5, 6, 1, 1, 2]), 1.0).astype(np.float32)
+    found = np.asarray(tokens.narrowed(jnp.asarray(table), Sampling(1, (), top_k=top_k, top_p=top_p)))
+    for row, got in zip(table, found, strict=True):
+        order = np.argsort(-row)[: min(top_k or V, ALLOWED.sum())]
+        mass = np.cumsum(np.exp(row[order]) / np.exp(row[order]).sum())
+        kept = order[: np.searchsorted(mass, top_p - 1e-9) + 1] if top_p < 1 else order
+        assert set(np.flatnonzero(np.isfinite(got))) == set(kept[np.isfinite(row[kept])])
+        assert np.array_equal(got[kept], row[kept])
+
+
+def test_narrow_sampling_stays_inside_and_scores_as_the_policy():
+    """top_k=2 draws both of the two likeliest tokens and nothing else; log-probabilities are those of all tokens."""
+    prompt, keys = start(ROWS)
+    found = sample(prompt, keys, top_k=2, temperature=1.3)
+    ranks = []
+    for i, n in enumerate(found.mask.sum(-1)):
+        table = recompute(prompt[i], found.actions[i, :n], 1.3)
+        picked = table[np.arange(n), found.actions[i, :n]]
+        ranks += (table > picked[:, None]).sum(-1).tolist()
+        assert np.abs(found.log_probs[i, :n] - picked).max() < 1e-5
+    assert set(ranks) == {0, 1}
+    greedy = sample(prompt, keys, temperature=0.0)
+    assert np.array_equal(sample(prompt, keys, top_k=1).actions, greedy.actions)
+    assert np.array_equal(sample(prompt, keys, top_p=1e-6).actions, greedy.actions)
+
+
+def test_seeds_give_their_sample_in_any_batch():
+    prompt, _ = start(6)
+    seeds = np.array([7, 7, 3, 2**31 - 1, 0, 3])
+    found = sample(prompt, tokens.seeded(seeds), top_p=0.95)
+    other = sample(prompt[[3, 0]], tokens.seeded(seeds[[3, 0]]), top_p=0.95)
+    assert np.array_equal(found.actions[[3, 0]], other.actions)
+    same = sample(prompt[[0] * ROWS], tokens.seeded(np.arange(ROWS) % 50)).actions
+    assert np.array_equal(same[:50], same[50:100]) and len(np.unique(same[:50], axis=0)) > 10
+    assert tokens.seeded(np.zeros((2, 3), int)).shape == (2, 3)
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------

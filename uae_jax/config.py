@@ -31,6 +31,10 @@ def default() -> ConfigDict:
     # The loop: image -> caption -> redrawn image.
     c.train = "encoder"  # which side RL updates
     c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters (LoRA), which then are all that is trained; 0: none, train `trainable`
+    c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
+    c.lora.target = r"language/layers/.*"  # regex over the encoder's parameter paths: kernels that get an adapter
     c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
     c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
     c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
@@ -84,6 +88,8 @@ def default() -> ConfigDict:
     c.eval.pictures = 8  # how many
     c.eval.batch_size = 64  # images at once
     c.eval.temperature = 0.0  # of captions in evaluation; 0 = the most likely token
+    c.eval.top_k = 0  # captions in evaluation are drawn among the k most likely tokens; 0 = all
+    c.eval.top_p = 1.0  # ... among the fewest tokens whose probabilities reach p; 1 = all
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between (asynchronous) saves; the last step and a stop are always saved
@@ -154,6 +160,10 @@ def validate(c: ConfigDict) -> None:
     _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
     _require(0 < rl.clip_low < 1, "rl.clip_low", rl.clip_low, "must lie between 0 and 1")
     _require(rl.clip_high > 0, "rl.clip_high", rl.clip_high, "must be above 0")
+    for field in ("top_k", "top_p"):
+        _require(
+            field not in rl, f"rl.{field}", rl.get(field), f"a rollout draws from all tokens; see config.eval.{field}"
+        )
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
     for field in ("max_tokens", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
@@ -161,11 +171,15 @@ def validate(c: ConfigDict) -> None:
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
     _require(rl.advantage_eps >= 0, "rl.advantage_eps", rl.advantage_eps, "must not be negative")
+    _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
+    _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
+    _require(c.eval.top_k >= 0, "eval.top_k", c.eval.top_k, "must not be negative; 0 keeps all tokens")
+    _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "must lie between 0 and 1; 1 keeps all tokens")
     _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
@@ -181,10 +195,11 @@ def validate(c: ConfigDict) -> None:
     _require(
         c.data.source != "folder" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )
-    try:
-        re.compile(c.trainable)
-    except re.error as error:
-        raise UserError(f"config.trainable = {c.trainable!r} is no regular expression: {error}") from None
+    for field, pattern in (("trainable", c.trainable), ("lora.target", c.lora.target)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.{field} = {pattern!r} is no regular expression: {error}") from None
 
 
 def stages(c: ConfigDict) -> list[str]:

@@ -19,11 +19,11 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def matrices(params: Params) -> Params:
-    """Which leaves Muon orthogonalises: kernels of linear layers, stacked or not; embeddings and vectors get Adam."""
+    """Which leaves Muon orthogonalises: kernels of linear layers and their adapters; the rest gets Adam."""
 
     def dimensions(path: Any, leaf: jax.Array) -> MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("kernel") and "conv" not in name:
+        if name.endswith(("kernel", "lora_a", "lora_b")) and "conv" not in name:
             return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
         return None
 

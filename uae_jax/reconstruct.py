@@ -1,6 +1,7 @@
 """Captions and redraws image files: `python -m uae_jax.reconstruct --workdir=DIR IMAGE...`.
 
 Prints each caption with its scores and writes a side-by-side picture (--out, by default workdir/reconstructions.png).
+The most likely caption, unless --temperature is above 0: then a caption depends on its image and --seed alone.
 """
 
 import json
@@ -16,25 +17,39 @@ from uae_jax.errors import UserError
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "", "of a training run: its config and newest checkpoint are used", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "the picture to write; workdir/reconstructions.png by default", flag_values=FLAGS)
+flags.DEFINE_float("temperature", None, "of captions; 0: the most likely token", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("top_k", None, "draw among the k most likely tokens; 0: all", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_float("top_p", None, "draw among the fewest tokens that reach p; 1: all", 1e-6, 1.0, flag_values=FLAGS)
+flags.DEFINE_integer("max_tokens", None, "longest caption", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", None, "of captions and noise", flag_values=FLAGS)
 
 
 def load_config(workdir: Path) -> Any:
-    """The config that a run has left in its workdir.
+    """The config that a run has left in its workdir; fields that are newer than the run have their default.
 
     Raises:
       UserError: there is none.
     """
     from ml_collections import ConfigDict
 
+    from uae_jax import config as base
+
     path = workdir / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        saved = json.loads(path.read_text())
+        config = ConfigDict(base.default().to_dict())
+        config.update(saved)
+        config.reward = ConfigDict(saved.get("reward", config.reward))  # names of towers: no defaults to add
+        return config
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir: {path} cannot be read ({error}): name the workdir of an rl run") from None
 
 
-def reconstruct(workdir: Path, paths: list[str], out: Path) -> None:
+def reconstruct(workdir: Path, paths: list[str], out: Path, **sampling: Any) -> None:
     """Captions, redraws and scores `paths` with the newest weights of a run.
+
+    Args:
+      sampling: temperature, top_k, top_p, max_tokens, seed; None leaves what the run's config says.
 
     Raises:
       UserError: no run in `workdir`, or no usable image.
@@ -49,6 +64,10 @@ def reconstruct(workdir: Path, paths: list[str], out: Path) -> None:
     from uae_jax.stages import rl
 
     config = load_config(workdir)
+    places = {"max_tokens": config.rl, "seed": config}
+    for name, value in sampling.items():
+        if value is not None:
+            places.get(name, config.eval)[name] = value
     usable, arrays = [], []
     for path in paths:
         try:
@@ -95,7 +114,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m uae_jax.reconstruct --workdir=DIR IMAGE...")
     runtime.prepare()
     workdir = Path(FLAGS.workdir)
-    reconstruct(workdir, paths, Path(FLAGS.out or workdir / "reconstructions.png"))
+    sampling = {name: FLAGS[name].value for name in ("temperature", "top_k", "top_p", "max_tokens", "seed")}
+    reconstruct(workdir, paths, Path(FLAGS.out or workdir / "reconstructions.png"), **sampling)
 
 
 if __name__ == "__main__":

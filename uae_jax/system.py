@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from tokenizers import Tokenizer
 
-from uae_jax import rewards, sharding
+from uae_jax import lora, rewards, sharding
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
@@ -19,7 +19,7 @@ from uae_jax.models.clip.model import CLIP
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.sd3.model import SD3Transformer
-from uae_jax.umm import Family, Params, diffusion
+from uae_jax.umm import Family, Params, caption, diffusion
 
 
 class System(NamedTuple):
@@ -91,12 +91,23 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         modules=modules,
         prompts=diffusion.Prompts.build(tokenizer, config, captioner.config),
         tokenizer=tokenizer,
-        allowed=diffusion.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
+        allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
         towers={n: rewards.clip_tower(CLIP(m.config, dtype)) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
         frozen=frozen,
     )
+
+
+def trained(start: Params, config: Any) -> Params:
+    """What training changes of the captioner: fresh adapters (`config.lora.rank`), or copies of `config.trainable`.
+
+    Raises:
+      UserError: a regex matches nothing.
+    """
+    if not config.lora.rank:
+        return trainable(start, config.trainable)
+    return lora.initial(start, config.lora.rank, config.lora.target, jax.random.key(config.seed))
 
 
 def trainable(params: Params, pattern: str) -> Params:

@@ -25,3 +25,18 @@ def decode_captions(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> 
     """Strings of captions int [n, t] under their mask, without special tokens."""
     rows = zip(ids, mask, strict=True)
     return [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
+
+
+def retokenised(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, end_token: int) -> np.ndarray:
+    """bool [n]: the caption's text, read again, has other token ids than were sampled.
+
+    The loop reads the sampled ids as they are; whoever is handed the text alone reads these. A policy can sample `re`
+    `d` where the tokenizer would write `red`.
+
+    Args:
+      ids: int [n, t], `mask` bool [n, t].
+    """
+    content = [row[keep & (row != end_token)].tolist() for row, keep in zip(ids, mask, strict=True)]
+    texts = tokenizer.decode_batch(content, skip_special_tokens=False)
+    again = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return np.array([read.ids != sampled for read, sampled in zip(again, content, strict=True)])

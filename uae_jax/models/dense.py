@@ -1,6 +1,5 @@
-"""The linear layer of all models: flax's, with a backward pass that XLA's CPU compiler handles well."""
+"""The linear layer of all models: flax's, with a backward pass that XLA's CPU compiler handles well, and adapters."""
 
-import functools
 from typing import Any
 
 import jax
@@ -35,4 +34,20 @@ def _dot_general(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return matmul(x, w)
 
 
-Dense = functools.partial(nn.Dense, dot_general=_dot_general)
+class Dense(nn.Dense):
+    """`flax.linen.Dense`; where its parameters hold a low-rank adapter (LoRA), x @ kernel + (x @ lora_a) @ lora_b.
+
+    Adapters are not made here: they are parameters beside `kernel` that a caller adds (see `uae_jax.lora`), or leaves
+    out to have the layer without them.
+    """
+
+    dot_general: Any = _dot_general
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., in] -> [..., features]."""
+        y = super().__call__(inputs)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        names = ("lora_a", "lora_b")
+        x, a, b = self.promote_dtype(inputs, *(self.get_variable("params", n) for n in names), dtype=self.dtype)
+        return y + matmul(matmul(x, a), b).astype(y.dtype)

@@ -13,6 +13,19 @@ import jax.numpy as jnp
 Cache = Any
 
 
+class Sampling(NamedTuple):
+    """How tokens are drawn. `top_k` and `top_p` are for people: what they cut off no policy gradient knows of.
+
+    As in transformers: the temperature acts first, then `top_k`, then `top_p` on what that has left.
+    """
+
+    max_tokens: int
+    stops: tuple[int, ...]  # a token of these ends the sequence, and is its last
+    temperature: float = 1.0  # 0 takes the most likely token; log-probabilities are then those at temperature 1
+    top_k: int = 0  # draw among the k most likely tokens only; 0: all
+    top_p: float = 1.0  # draw among the fewest tokens whose probabilities reach p; 1: all
+
+
 class Segment(NamedTuple):
     """What a policy did: actions, which of them count, and the log-probability each was drawn with."""
 
@@ -25,6 +38,26 @@ def tempered(logits: jax.Array, allowed: jax.Array, temperature: float) -> jax.A
     """Log-probabilities [..., v] of softmax(logits / temperature) over the allowed tokens, -inf elsewhere."""
     logits = logits.astype(jnp.float32) / temperature
     return jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
+
+
+def narrowed(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
+    """Log-probabilities [..., v] with -inf for what `top_k` and `top_p` leave out; ties of the last one in stay."""
+    if sampling.top_k:
+        least = jax.lax.top_k(log_probs, min(sampling.top_k, log_probs.shape[-1]))[0][..., -1:]
+        log_probs = jnp.where(log_probs < least, -jnp.inf, log_probs)
+    if sampling.top_p < 1.0:
+        ordered = -jnp.sort(-log_probs, axis=-1)
+        mass = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(mass, axis=-1) - mass
+        count = (before < sampling.top_p).sum(-1, keepdims=True)
+        least = jnp.take_along_axis(ordered, count - 1, axis=-1)
+        log_probs = jnp.where(log_probs < least, -jnp.inf, log_probs)
+    return log_probs
+
+
+def seeded(seeds: jax.Array) -> jax.Array:
+    """Typed keys [...] of integer seeds [...]: a seed gives the same sample in whatever batch it rides."""
+    return jnp.vectorize(jax.random.key)(seeds)
 
 
 def map_keys(function: Callable[..., jax.Array], keys: jax.Array, *args: jax.Array) -> jax.Array:
@@ -40,10 +73,8 @@ def sample(
     decode: Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]],
     keys: jax.Array,
     *,
-    max_tokens: int,
-    end_token: int,
     allowed: jax.Array,
-    temperature: float,
+    sampling: Sampling,
 ) -> Segment:
     """Draws one sequence a row, and leaves the loop when every row has ended.
 
@@ -55,21 +86,25 @@ def sample(
       cache: carried through `decode`.
       decode: (tokens [...], i, cache) -> (logits [..., v] of token i + 1, cache), given token i.
       keys: typed PRNG keys [...].
-      temperature: 0 takes the most likely token (log-probabilities are then those at temperature 1).
+      allowed: bool [v]; the stop tokens must be among them to end anything.
+
+    Returns:
+      Log-probabilities are the policy's, before `top_k` and `top_p`, so that the scorer agrees with them.
     """
     batch = logits.shape[:-1]
-    scale = temperature or 1.0
+    max_tokens = sampling.max_tokens
+    stops = jnp.array(sampling.stops, jnp.int32)
 
     def choose(logits, i, done):
-        log_probs = tempered(logits, allowed, scale)
-        if temperature:
+        log_probs = tempered(logits, allowed, sampling.temperature or 1.0)
+        if sampling.temperature:
             noise = map_keys(lambda k: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[-1:]), keys)
-            token = jnp.argmax(log_probs + noise, axis=-1)
+            token = jnp.argmax(narrowed(log_probs, sampling) + noise, axis=-1)
         else:
             token = jnp.argmax(log_probs, axis=-1)
         log_prob = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
         token = jnp.where(done, 0, token).astype(jnp.int32)
-        return token, jnp.where(done, 0.0, log_prob), done | (token == end_token)
+        return token, jnp.where(done, 0.0, log_prob), done | (token[..., None] == stops).any(-1)
 
     def write(array, value, i):
         return jax.lax.dynamic_update_slice_in_dim(array, value[..., None], i, axis=-1)

@@ -12,7 +12,7 @@ from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.stages import Program, captioner, coldstart, decoder, rl, tower
-from uae_jax.umm import diffusion
+from uae_jax.umm import caption, diffusion
 
 
 def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
@@ -38,7 +38,7 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     if stage == "tower":
         return tower.build(config, workdir, tokenizer, prompts.end_token)
     if stage == "captioner":
-        allowed = diffusion.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
+        allowed = caption.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
         family = diffusion.build(modules, prompts, allowed, config, mesh)
         return captioner.build(config, workdir, tokenizer, prompts.end_token, modules.captioner, family)
     start = folder.load_model(workdir / "weights" / "captioner").params

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax import sharding
+from uae_jax import lora
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
-from uae_jax.models.qwen2_5_vl import inputs
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.qwen2_5_vl.prompts import Prompt, alike
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.tokens import Segment
-from uae_jax.umm import Family, Params, Trajectory
+from uae_jax.umm import Family, Params, Trajectory, caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Modules:
 class Prompts:
     """Token ids round the caption, as tuples of ints."""
 
-    caption: tuple[int, ...]  # before the caption, one image placeholder per merged patch
+    caption: tuple[int, ...]  # before the caption, one placeholder for the image
     redraw_prefix: tuple[int, ...]
     redraw_suffix: tuple[int, ...]
     negative: tuple[int, ...]
     end_token: int
 
     @classmethod
-    def build(cls, tokenizer: Tokenizer, config: Any, captioner: Any) -> "Prompts":
+    def build(cls, tokenizer: Tokenizer, config: Any, sizes: Any) -> "Prompts":
         """From the template strings of `config.prompt`; one placeholder in them stands for the image.
 
         Raises:
@@ -56,35 +56,23 @@ class Prompts:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        vision = captioner.vision
-        side = config.data.image_size // (vision.patch_size * vision.spatial_merge_size)
         prompt = encode(config.prompt.caption)
-        if prompt.count(captioner.image_token_id) != 1:
+        if prompt.count(sizes.image_token_id) != 1:
             raise UserError(f"config.prompt.caption = {config.prompt.caption!r} must hold exactly one <|image_pad|>")
-        at = prompt.index(captioner.image_token_id)
         return cls(
-            caption=tuple(prompt[:at] + [captioner.image_token_id] * side**2 + prompt[at + 1 :]),
+            caption=tuple(prompt),
             redraw_prefix=tuple(encode(config.prompt.redraw_prefix)),
             redraw_suffix=tuple(encode(config.prompt.redraw_suffix)),
             negative=tuple(encode(config.prompt.negative)),
-            end_token=captioner.eos_token_id,
+            end_token=sizes.eos_token_id,
         )
 
 
-def allowed_tokens(tokenizer: Tokenizer, vocab_size: int, end_token: int) -> np.ndarray:
-    """bool [v]: what a caption may hold. No special token but the end, nothing past the tokenizer's vocabulary."""
-    allowed = np.zeros(vocab_size, bool)
-    allowed[: tokenizer.get_vocab_size()] = True
-    allowed[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]] = False
-    allowed[end_token] = True
-    return allowed
-
-
 def merge(base: Params, changed: Params) -> Params:
-    """`base` with the leaves that `changed`, a part of the same tree, holds."""
+    """`base` with the leaves that `changed` holds: of the same tree, or adapters beside its kernels."""
     if not isinstance(changed, dict):
         return changed
-    return base | {name: merge(base[name], value) for name, value in changed.items()}
+    return base | {name: merge(base.get(name, {}), value) for name, value in changed.items()}
 
 
 def captions_as_text(
@@ -109,13 +97,13 @@ def captions_as_text(
     return jnp.take_along_axis(source, jnp.where(mask, index, t + p + s), axis=-1), mask
 
 
-def text_states(captioner: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def text_states(model: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """Last-layer states [..., t, d] of left-aligned text without any image; padding is never attended to."""
     t = ids.shape[-1]
     positions = jnp.broadcast_to(jnp.arange(t), (3, *ids.shape))
     causal = jnp.tril(jnp.ones((t, t), bool)) & mask[..., None, :]
-    embeds = apply(captioner, params, ids, None, method="embed")
-    return apply(captioner, params, embeds, positions, causal, method="hidden")[0]
+    embeds = apply(model, params, ids, None, method="embed")
+    return apply(model, params, embeds, positions, causal, method="hidden")[0]
 
 
 def build(
@@ -126,113 +114,61 @@ def build(
     mesh: jax.sharding.Mesh | None = None,
     temperature: float | None = None,
 ) -> Family:
-    """The four functions for one config.
+    """The functions of a family for one config.
 
     `frozen` holds: `start` (all of the captioner's weights before training: the text encoder, the KL reference, and
     whatever is not trained), `projector`, `transformer`, `pooled` [p] (the decoder's constant pooled condition).
     `params["encoder"]` holds the trained leaves of the captioner.
 
     Args:
-      temperature: of `generate`; None means the policy's own, 0 the most likely token.
+      temperature: of `generate`, which then narrows as `config.eval` says; 0 takes the most likely token. None means a
+        rollout: the policy itself.
     """
-    captioner, settings = modules.captioner, config.rl
-    vision = captioner.config.vision
+    model, settings = modules.captioner, config.rl
     height = width = config.data.image_size
-    layout, _ = inputs.layout(height, width, vision)
-    grid = (height // vision.patch_size, width // vision.patch_size)
-    prompt = np.array(prompts.caption, np.int32)
-    prompt_positions, first_position = inputs.rope_positions(prompt, [grid], captioner.config)
-    p = len(prompt)
     levels = flow.sigmas(config.redraw.steps, config.redraw.shift, config.redraw.spacing)
-    sampling_temperature = settings.temperature if temperature is None else temperature
+    sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
+    if temperature is not None:
+        sampling = sampling._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
 
     def full(params: Params, frozen: Params) -> Params:
-        return merge(frozen["start"], params["encoder"])
+        return merge(frozen["start"], lora.scaled(params["encoder"], config.lora.alpha))
 
-    def call(weights: Params, *args: Any, method: str) -> Any:
-        return apply(captioner, weights, *args, method=method)
+    def seen(images: jax.Array | Prompt) -> Prompt:
+        return images if isinstance(images, Prompt) else alike(prompts.caption, images, model.config)
 
-    def prefill(weights: Params, images: jax.Array) -> tuple[jax.Array, Any]:
-        """Reads image and prompt once an image: states [b, p, d] and a cache of p slots."""
-        b = images.shape[0]
-        pixels = (images - inputs.IMAGE_MEAN) / inputs.IMAGE_STD
-        patches = inputs.patchify(pixels, vision)
-        batched = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape)), layout)
-        features = call(weights, patches, batched, method="encode_image")
-        embeds = call(weights, jnp.broadcast_to(prompt, (b, p)), features, method="embed")
-        positions = jnp.broadcast_to(prompt_positions[:, None], (3, b, p))
-        return call(weights, embeds, positions, jnp.tril(jnp.ones((p, p), bool)), method="hidden")
-
-    def grouped(cache: Any, g: int, t: int) -> Any:
-        """Repeats each image's cache for its group, with room for t tokens: [L, b, p, ...] -> [L, b, g, p + t, ...]."""
-
-        def widen(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x, [(0, 0), (0, 0), (0, t), (0, 0), (0, 0)])
-            return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], g, *x.shape[2:]))
-
-        return jax.tree.map(widen, cache)
-
-    def generate(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> Segment:
-        weights = sharding.decode_view(full(params, frozen), mesh, captioner.dtype)
-        hidden, cache = prefill(weights, images)
-        (b, g), t = keys.shape, settings.max_tokens
-        logits = call(weights, hidden[:, -1], method="logits")
-
-        def decode(token: jax.Array, i: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            embeds = call(weights, token[..., None], None, method="embed")
-            positions = jnp.broadcast_to(first_position + i, (3, b, g, 1))
-            visible = jnp.arange(p + t) <= p + i
-            hidden, cache = call(weights, embeds, positions, visible[None], cache, p + i, method="hidden")
-            return call(weights, hidden[..., 0, :], method="logits"), cache
-
-        return tokens.sample(
-            jnp.broadcast_to(logits[:, None], (b, g, logits.shape[-1])),
-            sharding.constrain_batch(grouped(cache, g, t), mesh, axis=1),
-            decode,
-            keys,
-            max_tokens=t,
-            end_token=prompts.end_token,
-            allowed=jnp.asarray(allowed),
-            temperature=sampling_temperature,
+    def generate(params: Params, frozen: Params, images: jax.Array | Prompt, keys: jax.Array) -> Segment:
+        return caption.generate(
+            model, full(params, frozen), seen(images), keys, allowed=allowed, sampling=sampling, mesh=mesh
         )
 
-    def caption_states(weights: Params, images: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Teacher-forced states: of the last prompt token [b, d], and of the caption's tokens [b, g, t, d]."""
-        b, g, t = actions.shape
-        hidden, cache = prefill(weights, images)
-        embeds = call(weights, actions, None, method="embed")
-        positions = jnp.broadcast_to(first_position + jnp.arange(t), (3, b, g, t))
-        visible = jnp.arange(p + t) <= p + jnp.arange(t)[:, None]
-        states, _ = call(weights, embeds, positions, visible, grouped(cache, g, t), p, method="hidden")
-        return hidden[:, -1], states
-
-    def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
-        weights = full(params, frozen)
-        captions = trajectory["caption"]
-        last, states = caption_states(weights, images, captions.actions)
-        first = jnp.broadcast_to(last[:, None, None], (*states.shape[:2], 1, states.shape[-1]))
-        hidden = jnp.concatenate([first, states[..., :-1, :]], axis=-2)
-        scores = tokens.log_probs(
-            hidden,
-            captions.actions,
-            lambda h: call(weights, h, method="logits"),
-            allowed=jnp.asarray(allowed),
+    def log_probs(
+        params: Params, frozen: Params, images: jax.Array | Prompt, trajectory: Trajectory
+    ) -> dict[str, jax.Array]:
+        scores = caption.log_probs(
+            model,
+            full(params, frozen),
+            seen(images),
+            trajectory["caption"],
+            allowed=allowed,
             temperature=settings.temperature,
             chunk=settings.logit_chunk,
         )
-        return {"caption": jnp.where(captions.mask, scores, 0.0)}
+        return {"caption": scores}
 
-    def conditions(params: Params, frozen: Params, captions: Segment, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def conditions(
+        params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt
+    ) -> tuple[jax.Array, jax.Array]:
         """The text encoder's states [b, g, s, d] and their mask."""
         weights = frozen["start"] if config.text_encoder == "frozen" else full(params, frozen)
         length = tokens.content_lengths(captions, prompts.end_token)
         if config.condition_source == "in_context":
-            _, states = caption_states(weights, images, captions.actions)
+            _, states = caption.states(model, weights, seen(images), captions.actions)
             return states, jnp.arange(states.shape[-2]) < length[..., None]
         ids, mask = captions_as_text(
             captions.actions, length, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
         )
-        return text_states(captioner, weights, ids, mask), mask
+        return text_states(model, weights, ids, mask), mask
 
     def negative_conditions(frozen: Params, like: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The negative prompt's states, padded to the shape of the positive ones."""
@@ -240,10 +176,12 @@ def build(
         ids = (prompts.redraw_prefix + prompts.negative + prompts.redraw_suffix)[:s]
         padded = jnp.array(ids + (prompts.end_token,) * (s - len(ids)), jnp.int32)
         mask = jnp.arange(s) < len(ids)
-        states = text_states(captioner, frozen["start"], padded, mask)
+        states = text_states(model, frozen["start"], padded, mask)
         return jnp.broadcast_to(states, like.shape), jnp.broadcast_to(mask, like.shape[:-1])
 
-    def redraw(params: Params, frozen: Params, captions: Segment, images: jax.Array, keys: jax.Array) -> jax.Array:
+    def redraw(
+        params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
+    ) -> jax.Array:
         states, mask = conditions(params, frozen, captions, images)
         noise = initial_noise(keys, (height, width, modules.transformer.config.in_channels), config.redraw.same_noise)
         guidance = config.redraw.guidance

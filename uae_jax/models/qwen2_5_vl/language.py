@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
         gate = nn.silu(dense(self.width, name="gate_proj")(x))
         return dense(x.shape[-1], name="down_proj")(gate * dense(self.width, name="up_proj")(x))
 
