@@ -16,7 +16,7 @@ from uae_jax import rewards, sharding
 from uae_jax.bench.scores import Score, Scores, each, total
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import Scene
-from uae_jax.data.text import decode_captions, encode_captions
+from uae_jax.data.text import decode_captions, encode_captions, retokenised
 from uae_jax.models import apply
 from uae_jax.sampling.tokens import Segment, truncated
 from uae_jax.step import sample_keys
@@ -124,6 +124,8 @@ class Evaluator:
         for name in self.config.monitor[:1]:
             found["reward_second_tower"] = each(drawn["towers"][name])
         found |= {"caption_length": each(mask.sum(1)), "caption_truncated": each(cut)}
+        again = retokenised(self.system.tokenizer, tokens, mask, self.system.prompts.end_token)
+        found["caption_retokenised"] = each(again)
         if self.scenes is not None:
             found |= self.truth(params, texts, drawn)
         if len(texts) > 1:

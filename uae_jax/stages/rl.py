@@ -91,7 +91,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
 def start(config: Any, built: system.System) -> tuple[State, optax.GradientTransformation]:
     """The state before the first update, and the optimizer it belongs to."""
-    params = {"encoder": system.trainable(built.frozen["start"], config.trainable)}
+    params = {"encoder": system.trained(built.frozen["start"], config)}
     optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
     return State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)), optimizer
 
