@@ -16,10 +16,11 @@ from uae_jax import config as base
 def get_config() -> ConfigDict:
     """Starts from the shipped weights; everything not named here is `uae_jax.config.default`."""
     config = base.default()
-    config.steps = 300
+    config.steps = 200
     config.remat = False  # memory is no concern at this size
     config.redraw.steps = 2  # as good as 4 with this decoder, and twice as fast
     config.redraw.prediction = "sample"  # what the shipped decoder predicts
-    config.eval.every = 50
+    config.eval.every = 10
+    config.optimizer = base.optimizer("adamw", 5e-5, warmup=10, decay=True)
     config.rl.malformed = "group_min"  # a caption outside the grammar earns the least of its group
     return config

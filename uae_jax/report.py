@@ -110,7 +110,8 @@ def redraws(run: Run) -> np.ndarray:
     paths = sorted((run.workdir / "samples").glob("held_out_*.npz"))
     if not paths:
         raise UserError(f"{run.workdir / 'samples'} holds no redraws: run with config.eval.enabled")
-    chosen = sorted(set(np.linspace(0, len(paths) - 1, MOST_COLUMNS).round().astype(int).tolist()))
+    # Most happens early.
+    chosen = sorted(set((np.geomspace(1, len(paths), MOST_COLUMNS).round() - 1).astype(int).tolist()))
     kept = []
     for i in chosen:
         with np.load(paths[i], allow_pickle=False) as file:
