@@ -1,6 +1,6 @@
 """Does it learn, and honestly? Unified-GRPO on the tiny world from several seeds, against a list set beforehand.
 
-    python -m benchmarks.learns --out=runs/learns [--seeds=11,12,13] [--held_out=2048] [--config.FIELD=VALUE]
+    python -m benchmarks.learns --out=runs/learns [--seeds=21,22,23] [--held_out=2048] [--config.FIELD=VALUE]
 
 Trains configs/tiny.py once a seed, each on its own scenes with its own held-out split, writes the report (table.md,
 curves.png, redraws.png: what the README shows) and claims.md to --out. About 6 minutes a seed on two CPU cores.
@@ -22,7 +22,7 @@ from uae_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "runs/learns", "folder of the runs and of the report", flag_values=FLAGS)
-flags.DEFINE_list("seeds", ["11", "12", "13"], "one run each", flag_values=FLAGS)
+flags.DEFINE_list("seeds", ["21", "22", "23"], "one run each", flag_values=FLAGS)
 flags.DEFINE_string("beside", "", "--out of earlier runs with the same seeds, to compare with", flag_values=FLAGS)
 flags.DEFINE_integer("held_out", 2048, "held-out scenes a run", lower_bound=2, flag_values=FLAGS)
 
