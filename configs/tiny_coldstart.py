@@ -3,8 +3,8 @@
 python -m uae_jax.main --config=configs/tiny_coldstart.py [--config.stage=decoder] [--workdir=DIR]
 
 Hardware: two CPU cores. Time: an hour (tower 12 minutes, captioner 7, decoder 40, on cores that also did other work).
-Expected, seed 0, on 256 held-out scenes: ceiling 0.975, reward of the captioner's own terse captions 0.170, forced-choice
-perception 0.996, captions 8.2 tokens where complete ones have 21.7. Writes DIR/weights with a card.
+Expected, seed 0, on 256 held-out scenes: ceiling 0.975, reward of the captioner's own terse captions 0.170,
+forced-choice perception 0.996, captions 8.2 tokens where complete ones have 21.7. Writes DIR/weights with a card.
 """
 
 from ml_collections import ConfigDict
