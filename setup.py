@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
 EVAL = ["matplotlib", "scikit-image", "tensorboard"]
-TEST = [*EVAL, "pytest", "hypothesis", "ruff", "mypy"]
+TEST = [*EVAL, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 setup(
     name="uae_jax",
