@@ -4,6 +4,7 @@
 
 Trains configs/tiny.py once a seed, each on its own scenes with its own held-out split, writes the report (table.md,
 curves.png, redraws.png: what the README shows) and claims.md to --out. About 6 minutes a seed on two CPU cores.
+`--live` adds a run whose text encoder is the captioner in training, and live.png: its canary beside the frozen one.
 With `--config.weights=DIR --beside=runs/learns` it starts from other weights, and beside.md compares both on the same
 held-out scenes.
 """
@@ -24,6 +25,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "runs/learns", "folder of the runs and of the report", flag_values=FLAGS)
 flags.DEFINE_list("seeds", ["21", "22", "23"], "one run each", flag_values=FLAGS)
 flags.DEFINE_string("beside", "", "--out of earlier runs with the same seeds, to compare with", flag_values=FLAGS)
+flags.DEFINE_bool("live", False, "also run the live text encoder, with the first seed", flag_values=FLAGS)
 flags.DEFINE_integer("held_out", 2048, "held-out scenes a run", lower_bound=2, flag_values=FLAGS)
 
 Claim = Callable[[Scores, Scores, float], tuple[str, bool]]
@@ -141,6 +143,24 @@ def beside(first: list[report.Run], second: list[report.Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def train(workdir: Path, seed: str, overrides: list[str]) -> None:
+    """One run of configs/tiny.py, resumed where it stopped.
+
+    Raises:
+      UserError: it failed.
+    """
+    command = [sys.executable, "-m", "uae_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
+    done = subprocess.run([*command, f"--config.seed={seed}", *overrides], check=False)
+    if done.returncode:
+        raise UserError(f"the run in {workdir} ended with exit code {done.returncode}; the same command resumes it")
+
+
+def draw_live(live: report.Run, frozen: report.Run, out: Path) -> None:
+    """live.png: the live text encoder with its canary, beside the frozen one."""
+    with storage.storage_errors(out):
+        report.curves([live, frozen]).savefig(out / "live.png", dpi=120)
+
+
 def main(arguments: list[str]) -> None:
     """Trains, reports and checks."""
     own = [argument for argument in arguments if not argument.startswith("--config.")]
@@ -150,15 +170,14 @@ def main(arguments: list[str]) -> None:
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     out = Path(FLAGS.out)
+    overrides.append(f"--config.data.held_out={FLAGS.held_out}")
     workdirs = [out / f"seed_{seed}" for seed in FLAGS.seeds]
     for seed, workdir in zip(FLAGS.seeds, workdirs, strict=True):
-        command = [sys.executable, "-m", "uae_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
-        done = subprocess.run(
-            [*command, f"--config.seed={seed}", f"--config.data.held_out={FLAGS.held_out}", *overrides], check=False
-        )
-        if done.returncode:
-            raise UserError(f"the run in {workdir} ended with exit code {done.returncode}; the same command resumes it")
+        train(workdir, seed, overrides)
     runs = report.write(workdirs, out)
+    if FLAGS.live:
+        train(out / "live", FLAGS.seeds[0], [*overrides, "--config.text_encoder=live"])
+        draw_live(report.load(out / "live"), runs[0], out)
     storage.write_atomic(out / "claims.md", claims(runs).encode())
     if FLAGS.beside:
         others = [report.load(Path(FLAGS.beside) / workdir.name) for workdir in workdirs]

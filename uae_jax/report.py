@@ -90,7 +90,7 @@ def curves(runs: list[Run]) -> Any:
     for axis, (name, label) in zip(axes, shown.items(), strict=True):
         for run in runs:
             points = [(row["step"], row[name]) for row in run.metrics if row.get(name) is not None]
-            steps, values = np.array(points).T
+            steps, values = np.array(points).reshape(-1, 2).T
             axis.plot(steps, values, linewidth=1, label=run.workdir.name, marker="." if len(points) < 30 else None)
         if name != "caption/length" and "reward_ceiling" in runs[0].before:
             ceiling = scores.pooled([run.before for run in runs])["reward_ceiling"].mean
