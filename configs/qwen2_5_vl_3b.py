@@ -51,6 +51,15 @@ CAPTIONER = {
 }
 
 
+# The caption prompt and the negative prompt of the paper's released demo, to the letter.
+REQUEST = (
+    "You are an expert vision-language model. Your task is: Given an input image, generate a **textual description** of "
+    'the image. If there is text in the image, transcribe it inside double quotes "". Now, carefully analyze the input '
+    "image and output the full description."
+)
+NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
+
+
 def get_config() -> ConfigDict:
     """Everything not named here is `uae_jax.config.default`."""
     config = base.default()
@@ -63,18 +72,18 @@ def get_config() -> ConfigDict:
     config.lora.alpha = 64.0
     config.optimizer = base.optimizer("adamw", 2e-5, warmup=10)
 
-    # What the model's chat template makes of a user's image and request, and of a user's text.
+    # What the model's chat template makes of a user's request and image, and of a user's text.
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     answer = "<|im_end|>\n<|im_start|>assistant\n"
-    request = "Describe this image in detail, so that it can be redrawn from your words alone."
-    config.prompt.caption = f"{system}<|vision_start|><|image_pad|><|vision_end|>{request}{answer}"
+    config.prompt.caption = f"{system}{REQUEST}<|vision_start|><|image_pad|><|vision_end|>{answer}"
     config.prompt.redraw_prefix = system
     config.prompt.redraw_suffix = answer
+    config.prompt.negative = NEGATIVE
 
     config.rl.group_size = 8
     config.rl.max_tokens = 256
-    config.redraw.steps = 20
-    config.redraw.guidance = 4.5
+    config.redraw.steps = 10  # as the paper's released reward
+    config.redraw.guidance = 5.0
     config.redraw.shift = 3.0
 
     config.data.source = "folder"
