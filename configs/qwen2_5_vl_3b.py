@@ -53,9 +53,9 @@ CAPTIONER = {
 
 # The caption prompt and the negative prompt of the paper's released demo, to the letter.
 REQUEST = (
-    "You are an expert vision-language model. Your task is: Given an input image, generate a **textual description** of "
-    'the image. If there is text in the image, transcribe it inside double quotes "". Now, carefully analyze the input '
-    "image and output the full description."
+    "You are an expert vision-language model. Your task is: Given an input image, generate a **textual description** "
+    'of the image. If there is text in the image, transcribe it inside double quotes "". Now, carefully analyze the '
+    "input image and output the full description."
 )
 NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 
