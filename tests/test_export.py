@@ -13,7 +13,7 @@ from flax import traverse_util
 from tests import tiny
 from tests.test_convert import TIED, leaves, left, stored, tensors, write
 from tests.test_qwen2_5_vl import TINY
-from uae_jax import checkpoint
+from uae_jax import checkpoint, train
 from uae_jax.convert import __main__ as command
 from uae_jax.convert import folder, lora, transfer
 from uae_jax.convert.table import param_shape
@@ -172,6 +172,19 @@ def test_a_run_with_adapters_is_exported(weights, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 8.0)
     assert config["base_model_name_or_path"] == str(weights / "captioner")
+
+
+def test_training_with_adapters_changes_their_kernels_alone(weights, tmp_path):
+    """From the config to the exported folder, with nothing made by hand."""
+    config = tiny.config(
+        weights, steps=2, lora__rank=2, lora__target=PART, optimizer__learning_rate=0.01, rl__group_size=2
+    )
+    train.run(config, tmp_path / "run")
+    command.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "out")])
+    start, found = (leaves(folder.load_model(path).params) for path in (weights / "captioner", tmp_path / "out"))
+    assert {path for path in start if not np.array_equal(start[path], found[path])} == {f"{PART}/kernel"}
+    command.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 1e5
 
 
 def test_sources_of_an_export(weights, tmp_path):

@@ -10,6 +10,7 @@ from tests import tiny
 from uae_jax import lora, optimizers, sharding, step, system
 from uae_jax.errors import UserError
 from uae_jax.models.dense import Dense
+from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 from uae_jax.umm import Family
 
@@ -148,13 +149,12 @@ def test_only_adapters_are_trained(weights, built):
 
 def make(config, built):
     """State and step function of a config."""
-    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
+    state, optimizer = rl.start(config, built)
     function = step.make_step(
         config, built.family(config), built.towers, optimizer,
         end_token=built.prompts.end_token, automaton=built.automaton,
     )  # fmt: skip
-    params = {"encoder": system.trained(built.frozen["start"], config)}
-    return step.State(jnp.int32(0), jax.random.key(0), params, optimizer.init(params), jnp.int32(0)), function
+    return state, function
 
 
 def test_the_text_encoder_is_the_base(weights, built, family):
