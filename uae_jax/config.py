@@ -64,10 +64,15 @@ def default() -> ConfigDict:
     c.redraw = ConfigDict()
     c.redraw.steps = 4  # Euler steps from noise to image
     c.redraw.guidance = 1.0  # classifier-free guidance; 1 skips the unconditional branch
-    c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3)
+    c.redraw.two_passes = (
+        False  # guidance by two calls, one after the other, not by one of twice the batch: less memory
+    )
+    c.redraw.distilled_guidance = 3.5  # guidance scale that FLUX.1-dev is told as an input; read by no other decoder
+    c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
     c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
+    c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
 
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
@@ -175,6 +180,12 @@ def validate(c: ConfigDict) -> None:
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
+    _require(
+        c.redraw.distilled_guidance >= 0,
+        "redraw.distilled_guidance",
+        c.redraw.distilled_guidance,
+        "must not be negative",
+    )
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")

@@ -10,9 +10,9 @@ from uae_jax.data.shapes import tokenizer as shapes_tokenizer
 from uae_jax.errors import UserError
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.stages import Program, captioner, coldstart, decoder, rl, tower
 from uae_jax.umm import caption, diffusion
+from uae_jax.umm import decoder as drawing
 
 
 def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
@@ -32,7 +32,7 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     modules = diffusion.Modules(
         Qwen2_5_VL(sizes, remat=config.remat),
         Projector(coldstart.model_config(config, "projector")),
-        SD3Transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
+        drawing.transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
     )
     prompts = diffusion.Prompts.build(tokenizer, config, sizes)
     if stage == "tower":
