@@ -108,7 +108,7 @@ def test_a_transformer_of_another_kind_than_the_config_says(run, tmp_path):
     kind, where, config = run
     other = config.copy_and_resolve_references().unlock()
     other.models = {"transformer": (whole.FLUX if kind == "sd3" else whole.SD3).to_hf()}
-    with pytest.raises(UserError, match="models.transformer says"):
+    with pytest.raises(UserError, match=r"models\.transformer says"):
         system.load_decoder(where / "weights", other, sharding.make_mesh(config))
 
 
