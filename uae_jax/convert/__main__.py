@@ -1,11 +1,12 @@
 """Model folders in and out of training.
 
-    python -m uae_jax.convert import HF_DIR OUT_DIR
+    python -m uae_jax.convert import HF_DIR OUT_DIR [--lora=FILE]
     python -m uae_jax.convert export OUT_DIR|WEIGHTS_DIR|WORKDIR HF_DIR [--adapter|--umm]
 
 `import` checks a downloaded folder and copies it: OUT_DIR is one model's folder, such as WEIGHTS_DIR/captioner where
 config.weights = WEIGHTS_DIR. Of a whole diffusers pipeline OUT_DIR is WEIGHTS_DIR, to which transformer/, vae/ and
 scheduler/ are added; its text encoders are read for the pooled vector of an empty prompt.
+`--lora` merges an adapter of the transformer, as diffusers saves it.
 
 `export` writes a folder that transformers loads: of an imported model, of the captioner in a folder of weights, or of
 the captioner that a run has trained (its newest checkpoint over the weights it started from, adapters merged). With
@@ -21,7 +22,10 @@ from pathlib import Path
 from uae_jax import runtime
 from uae_jax.errors import UserError
 
-USAGE = "usage: python -m uae_jax.convert import HF_DIR OUT_DIR, or export OUT_DIR|WORKDIR HF_DIR [--adapter|--umm]"
+USAGE = (
+    "usage: python -m uae_jax.convert import HF_DIR OUT_DIR [--lora=FILE], "
+    "or export OUT_DIR|WORKDIR HF_DIR [--adapter|--umm]"
+)
 
 
 def export(source: Path, target: Path, adapter: bool, whole: bool = False) -> str:
@@ -70,10 +74,15 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments:
         print(__doc__)
         return
-    adapter, whole = "--adapter" in arguments, "--umm" in arguments
-    words = [word for word in arguments[1:] if word not in ("--adapter", "--umm")]
-    wrong = [word for word in words if word.startswith("-")]
-    if wrong or len(words) != 3 or words[0] not in ("import", "export") or adapter + whole > (words[0] == "export"):
+    flags = [word for word in arguments[1:] if word.startswith("-")]
+    words = [word for word in arguments[1:] if word not in flags]
+    allowed = {"import": ("--lora=",), "export": ("--adapter", "--umm")}.get(words[0] if words else "", ())
+    if (
+        len(words) != 3
+        or len(flags) > 1
+        or not allowed
+        or any("".join(flag.partition("=")[:2]) not in allowed for flag in flags)
+    ):
         raise UserError(USAGE)
     runtime.prepare()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may be using the accelerator
@@ -83,9 +92,9 @@ def main(arguments: list[str]) -> None:
     if words[0] == "import":
         from uae_jax.convert import pipeline
 
-        done = pipeline.import_folder(source, target)
+        done = pipeline.import_folder(source, target, *(Path(flag.removeprefix("--lora=")) for flag in flags))
     else:
-        done = export(source, target, adapter, whole)
+        done = export(source, target, "--adapter" in flags, "--umm" in flags)
     print(f"wrote {target}: {done}")
 
 

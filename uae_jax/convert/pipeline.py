@@ -4,19 +4,21 @@ import shutil
 from pathlib import Path
 
 from uae_jax import storage
-from uae_jax.convert import folder, pooled, transfer
+from uae_jax.convert import folder, lora, pooled, transfer
 from uae_jax.errors import UserError
 from uae_jax.sampling import scheduler
 
 INDEX = "model_index.json"
-# The transformer last: with it the folder is complete.
 PARTS = ("vae", "scheduler", "transformer")
 # UniWorld-V1's class of captioner, projector and FLUX in one checkpoint.
 _BUNDLE = "UnivaQwen2p5VLForConditionalGeneration"
 
 
-def import_folder(source: Path, target: Path) -> str:
+def import_folder(source: Path, target: Path, adapter: Path | None = None) -> str:
     """Copies one model to the new folder `target`, or the parts of a pipeline into a folder of weights.
+
+    Args:
+      adapter: a LoRA of the transformer, in diffusers' format, that is merged into it.
 
     Returns:
       A line that says what was written.
@@ -25,7 +27,7 @@ def import_folder(source: Path, target: Path) -> str:
       UserError: see `transfer.copy_model`; a part of the pipeline is missing or of another kind, or is already there.
     """
     if (source / INDEX).is_file():
-        return _import_pipeline(source, target)
+        return _import_pipeline(source, target, adapter)
     if (source / scheduler.FILE).is_file():
         return copy_scheduler(source, target)
     if (source / "config.json").is_file() and folder.architecture(folder.load_config(source)) == _BUNDLE:
@@ -33,7 +35,20 @@ def import_folder(source: Path, target: Path) -> str:
             f"{source} is UniWorld-V1's bundle of three models, whose file layout its code does not fix: split it into "
             "captioner/, transformer/ (denoise_tower.denoiser) and projector/ (denoise_tower.denoise_projector)"
         )
-    return transfer.copy_model(source, target)
+    return _copy_transformer(source, target, adapter) if adapter else transfer.copy_model(source, target)
+
+
+def _copy_transformer(source: Path, target: Path, adapter: Path | None) -> str:
+    """Copies a DiT, with its adapter merged."""
+    if adapter is None:
+        return transfer.copy_model(source, target)
+    found = folder.open_model(source)
+    if found.architecture not in pooled.TOWERS:
+        raise UserError(f"--lora: {source} is a {found.architecture}, not one of {', '.join(pooled.TOWERS)}")
+    leaves = lora.read_diffusers(adapter, found.table)
+    rank = float(next(iter(leaves.values())).shape[-1])
+    trained = transfer.Trained({path: x.shape for path, x in leaves.items()}, leaves.__getitem__, rank)
+    return f"{transfer.copy_model(source, target, trained)}, with {adapter.name}"
 
 
 def copy_scheduler(source: Path, target: Path) -> str:
@@ -44,7 +59,7 @@ def copy_scheduler(source: Path, target: Path) -> str:
     return scheduler.CLASS_NAME
 
 
-def _import_pipeline(source: Path, target: Path) -> str:
+def _import_pipeline(source: Path, target: Path, adapter: Path | None) -> str:
     for name in PARTS:
         if not (source / name).is_dir():
             raise UserError(f"{source / name} is missing: this is not the pipeline of an SD3 or a FLUX.1")
@@ -59,7 +74,10 @@ def _import_pipeline(source: Path, target: Path) -> str:
     scheduler.load(source / "scheduler")
     vector = pooled.of_empty_prompt(source, found.config, kind)
     done = [
-        (copy_scheduler if name == "scheduler" else transfer.copy_model)(source / name, target / name) for name in PARTS
+        transfer.copy_model(source / "vae", target / "vae"),
+        copy_scheduler(source / "scheduler", target / "scheduler"),
+        # Last: with it the folder is complete.
+        _copy_transformer(source / "transformer", target / "transformer", adapter),
     ]
     pooled.write(target / "transformer" / pooled.FILE, vector)
     return "; ".join(done) + f"; pooled vector of {len(vector)}"
