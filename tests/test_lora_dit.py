@@ -56,7 +56,7 @@ def test_every_adapter_and_nothing_else_is_merged(adapted):
     for out, alpha, more in (
         ("none", None, {}),
         ("common", 6.0, {}),
-        ("own", 6.0, {f"transformer.{own}.alpha": np.float32(4.0)}),
+        ("own", 6.0, {f"transformer.{own}.alpha": np.array(4.0, np.float32)}),
     ):
         after = run(where, found | more, alpha, out)
         assert {name for name in before if not np.array_equal(before[name], after[name])} == set(merged)

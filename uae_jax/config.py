@@ -129,7 +129,7 @@ def decoder() -> Any:
     c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
     c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
     c.level_mean = 0.0  # noise levels are sigmoid(mean + std n) ...
-    c.level_std = 1.0
+    c.level_std = 1.0  # (the std)
     c.shift = 0.0  # ... shifted by this; 0: as the weights' scheduler shifts images of this size
     c.ema = 0.999  # decay of the moving average of what is trained, which is what is written; 0: none is kept
     c.optimizer = optimizer("adamw", 1e-4, warmup=500)

@@ -20,7 +20,7 @@ from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae.model import AutoencoderKL
-from uae_jax.sampling import scheduler
+from uae_jax.sampling import scheduler as schedulers
 from uae_jax.umm import Family, Params, caption, decoder, diffusion
 
 
@@ -101,7 +101,7 @@ class Decoder(NamedTuple):
     projector: Projector
     transformer: decoder.Transformer
     vae: AutoencoderKL | None
-    scheduler: scheduler.Scheduler | None
+    scheduler: schedulers.Scheduler | None
 
 
 def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
@@ -115,17 +115,20 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
     """
     dtype = jnp.dtype(config.dtype)
     declared = config.get("models", {}).get("transformer")
-    kinds = (folder.architecture(declared.to_dict()),) if declared else decoder.KINDS
+    kinds: tuple[str, ...] = (folder.architecture(declared.to_dict()),) if declared else decoder.KINDS
     parts: dict[str, folder.Model] = {}
     for name, allowed in (("projector", ("Projector",)), ("transformer", kinds), ("vae", (vae_config.CLASS_NAME,))):
         if name == "vae" and not (where / name).is_dir():
             continue
         kind = folder.architecture(folder.load_config(where / name))
         if kind not in allowed:
-            said = "config.models.transformer says" if declared and name == "transformer" else "is wanted there"
-            raise UserError(
-                f"{where / name} holds a {kind or 'model without a name'}, but {' or '.join(allowed)} {said}"
+            wanted = " or ".join(allowed)
+            wanted = (
+                f"config.models.{name} says {wanted}"
+                if declared and name == "transformer"
+                else f"{wanted} is wanted there"
             )
+            raise UserError(f"{where / name} holds a {kind or 'nameless model'}, but {wanted}")
         parts[name] = folder.load_model(where / name, mesh, dtype)
     model = decoder.transformer(parts["transformer"].config, dtype, config.remat)
     vae = AutoencoderKL(parts["vae"].config, dtype) if "vae" in parts else None
@@ -141,7 +144,7 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
         raise UserError(f"{where}: {has}, but the transformer draws {drawn} channels")
     frozen: Params = {name: part.params for name, part in parts.items()}
     frozen["pooled"] = sharding.place(load_pooled(where, model, vae), mesh)
-    found = scheduler.load(where / "scheduler") if (where / "scheduler").is_dir() else None
+    found = schedulers.load(where / "scheduler") if (where / "scheduler").is_dir() else None
     return Decoder(projector, model, vae, found), frozen
 
 

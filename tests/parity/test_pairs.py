@@ -101,8 +101,8 @@ def test_no_pairs_and_no_pictures(file, tmp_path):
 
 def decoder_config(where, file, **changes):
     """A run of two steps on the weights of `where`."""
-    c = whole.write(where, "sd3", data__source="jsonl").unlock()
-    c.stage = "decoder"
+    c = whole.write(where, "sd3").unlock()
+    c.stage, c.data.source = "decoder", "jsonl"
     c.data.path = str(file)
     c.decoder = configs.decoder()
     c.decoder.steps, c.decoder.batch_size, c.decoder.max_tokens, c.decoder.ema = 2, 2, 8, 0.5

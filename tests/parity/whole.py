@@ -133,6 +133,7 @@ def write(where, kind, **changes):
         rl__max_tokens=6,
         redraw__prediction="velocity",
         redraw__steps=3,
+        redraw__distilled_guidance=1.5,  # see test_flux.py
         **({"redraw__spacing": "diffusers", "redraw__guidance": 4.0} if kind == "sd3" else {"mask_text": False}),
         **changes,
     )

@@ -3,6 +3,7 @@
 Needs torch, transformers, diffusers and pillow; reads the folders beside it (see README.md).
 """
 
+# mypy: ignore-errors
 import json
 import sys
 from pathlib import Path
