@@ -64,9 +64,7 @@ def default() -> ConfigDict:
     c.redraw = ConfigDict()
     c.redraw.steps = 4  # Euler steps from noise to image
     c.redraw.guidance = 1.0  # classifier-free guidance; 1 skips the unconditional branch
-    c.redraw.two_passes = (
-        False  # guidance by two calls, one after the other, not by one of twice the batch: less memory
-    )
+    c.redraw.two_passes = False  # guidance by two calls of the decoder, not one of twice the batch: less memory
     c.redraw.distilled_guidance = 3.5  # guidance scale that FLUX.1-dev is told as an input; read by no other decoder
     c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
