@@ -3,7 +3,7 @@
 python -m uae_jax.convert import Qwen2.5-VL-3B-Instruct WEIGHTS/captioner
 python -m uae_jax.convert import stable-diffusion-3.5-large WEIGHTS
 python -m uae_jax.main --config=configs/sd3_5_decoder.py --config.weights=WEIGHTS --config.data.path=PAIRS.jsonl
-python -m uae_jax.main --config=configs/sd3_5_decoder.py --config.weights=runs/sd3_5_decoder/decoder/weights \\
+python -m uae_jax.main --config=configs/sd3_5_decoder.py --config.weights=runs/sd3_5_decoder/weights \\
     --config.data.path=PAIRS.jsonl --config.decoder.trainable='(projector|transformer)/.*' \\
     --config.decoder.optimizer.learning_rate=1e-5 --workdir=runs/sd3_5_decoder_both
 

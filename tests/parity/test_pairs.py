@@ -140,10 +140,17 @@ def test_projector_learns_and_its_average_is_written(file, tmp_path):
 def test_both_parts_learn_through_the_loop(file, tmp_path):
     c = decoder_config(tmp_path / "run", file, trainable="(projector|transformer)/.*", ema=0.0)
     train.run(c, tmp_path / "work")
-    written, start = tmp_path / "work" / "decoder" / "weights", tmp_path / "run" / "weights"
+    written, start = tmp_path / "work" / "weights", tmp_path / "run" / "weights"
     for part in pairs.PARTS:
         before, after = (folder.open_model(x / part).tensors for x in (start, written))
         assert sum(not np.array_equal(before[name], after[name]) for name in before) > len(before) / 2
+
+
+def test_the_weights_it_starts_from_are_not_overwritten(file, tmp_path):
+    c = configs.default().unlock()
+    c.weights = str(tmp_path / "weights")
+    with pytest.raises(UserError, match="choose another --workdir"):
+        pairs.build(c, tmp_path, None)
 
 
 def test_captions_are_for_the_decoder_only(file, tmp_path):

@@ -18,6 +18,7 @@ from flax import traverse_util
 from uae_jax import optimizers, system
 from uae_jax.convert import folder, transfer
 from uae_jax.data import pairs
+from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.sampling import flow
@@ -32,9 +33,13 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program; `finish` writes workdir/weights, a folder of weights with the trained parts in it.
 
     Raises:
-      UserError: see `system.load_decoder` and `pairs.read_pairs`; or `config.decoder.trainable` matches nothing.
+      UserError: see `system.load_decoder` and `pairs.read_pairs`; or `config.decoder.trainable` matches nothing; or
+        the run would overwrite the weights that it starts from.
     """
-    settings, where = config.decoder, system.weights_folder(config)
+    where = system.weights_folder(config)
+    if where.resolve() == (workdir / "weights").resolve():
+        raise UserError(f"config.weights = {str(where)!r} is where this run writes its own: choose another --workdir")
+    settings = config.decoder
     dtype = jnp.dtype(config.dtype)
     captioner = folder.load_model(where / "captioner", mesh, dtype)
     tokenizer = system.load_tokenizer(where / "captioner")
