@@ -3,10 +3,11 @@
 python -m uae_jax.convert import Qwen2.5-VL-3B-Instruct WEIGHTS/captioner
 python -m uae_jax.main --config=configs/qwen2_5_vl_3b.py --config.weights=WEIGHTS --config.data.path=IMAGES
 
-WEIGHTS also holds the decoder (transformer/, projector/) and the reward's tower (clip/). Whatever sizes its folders
-have are used; `config.models` states those of the 3B, to plan without weights. Memory a chip, as compiled for 16 of TPU
-v5e, an image and 4 captions of 128 tokens each, without the decoder: 0.44 GiB of weights, 1.1 at the peak of training
-adapters, 7.8 at that of writing captions (the token loop reads a whole copy). Not yet run at this size.
+WEIGHTS also holds the decoder (projector/, and transformer/, vae/ and scheduler/ by `convert import` of a diffusers
+pipeline) and the reward's tower (clip/). Whatever sizes its folders have are used; `config.models` states those of the
+3B, to plan without weights. Memory a chip, as compiled for 16 of TPU v5e, an image and 4 captions of 128 tokens each,
+without the decoder: 0.44 GiB of weights, 1.1 at the peak of training adapters, 7.8 at that of writing captions (the
+token loop reads a whole copy). Not yet run at this size.
 """
 
 from ml_collections import ConfigDict

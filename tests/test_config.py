@@ -7,10 +7,11 @@ import traceback
 import pytest
 from ml_collections import ConfigDict
 
-from configs import tiny, tiny_coldstart
+from configs import sd3_5_decoder, tiny, tiny_coldstart
 from uae_jax import config as base
 from uae_jax.errors import UserError
 
+PAIRS = {"data.source": "jsonl", "data.path": "pairs.jsonl", "stage": "decoder", "decoder": base.decoder()}
 # What is wrong, and the field that the message must name.
 WRONG = [
     ({"stage": "rll"}, "stage"),
@@ -44,6 +45,7 @@ WRONG = [
     ({"redraw.prediction": "noise"}, "redraw.prediction"),
     ({"redraw.steps": 0}, "redraw.steps"),
     ({"redraw.shift": 0.0}, "redraw.shift"),
+    ({"redraw.distilled_guidance": -1.0}, "redraw.distilled_guidance"),
     ({"data.source": "imagenet"}, "data.source"),
     ({"data.source": "folder"}, "data.path"),
     ({"data.batch_size": 0}, "data.batch_size"),
@@ -65,8 +67,15 @@ WRONG = [
     ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
     ({"optimizer.max_grad_norm": 0.0}, "optimizer.max_grad_norm"),
+    ({"data.source": "jsonl"}, "data.source"),
+    ({"data.source": "jsonl", "stage": "decoder"}, "stage"),
+    (PAIRS | {"decoder.steps": 0}, "decoder.steps"),
+    (PAIRS | {"decoder.dropout": 1.0}, "decoder.dropout"),
+    (PAIRS | {"decoder.ema": -0.1}, "decoder.ema"),
+    (PAIRS | {"decoder.shift": -1.0}, "decoder.shift"),
+    (PAIRS | {"decoder.trainable": "("}, "decoder.trainable"),
 ]
-RULES = ("validate", "_validate_optimizer")
+RULES = ("validate", "_validate_optimizer", "_validate_pairs")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
@@ -77,6 +86,7 @@ RIGHT = [
     {"eval.every": 0},
     {"data.source": "folder", "data.path": "/pictures"},
     {"optimizer.learning_rate": 0.0},
+    PAIRS,
 ]
 
 
@@ -89,7 +99,9 @@ def changed(changes) -> ConfigDict:
             for parent in parents:
                 node = node[parent]
             if isinstance(value, ConfigDict):
-                del node[leaf]
+                if leaf in node:
+                    del node[leaf]
+                value = ConfigDict(value.to_dict())
             node[leaf] = value
     return c
 
@@ -139,7 +151,7 @@ def test_borderline_values_pass(changes):
     base.validate(changed(changes))
 
 
-@pytest.mark.parametrize("make", [base.default, tiny.get_config, tiny_coldstart.get_config])
+@pytest.mark.parametrize("make", [base.default, tiny.get_config, tiny_coldstart.get_config, sd3_5_decoder.get_config])
 def test_shipped_configs_pass_and_are_locked(make):
     c = make()
     base.validate(c)

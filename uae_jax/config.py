@@ -64,10 +64,13 @@ def default() -> ConfigDict:
     c.redraw = ConfigDict()
     c.redraw.steps = 4  # Euler steps from noise to image
     c.redraw.guidance = 1.0  # classifier-free guidance; 1 skips the unconditional branch
-    c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3)
+    c.redraw.two_passes = False  # guidance by two calls of the decoder, not one of twice the batch: less memory
+    c.redraw.distilled_guidance = 3.5  # guidance scale that FLUX.1-dev is told as an input; read by no other decoder
+    c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
     c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
+    c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
 
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
@@ -75,8 +78,8 @@ def default() -> ConfigDict:
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
     c.data = ConfigDict()
-    c.data.source = "shapes"  # shapes (rendered scenes) or folder (your own images)
-    c.data.path = ""  # the folder
+    c.data.source = "shapes"  # shapes (rendered scenes), folder (your own images), jsonl (with captions: stage decoder)
+    c.data.path = ""  # the folder, or the file of {"image": path, "caption": text}, a line each
     c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
     c.data.batch_size = 8  # images a step, over all devices
     c.data.max_objects = 4  # shapes: objects in a scene
@@ -113,6 +116,38 @@ def optimizer(name: str, learning_rate: float, warmup: int = 0, decay: bool = Fa
     c.b1, c.b2 = 0.9, 0.99  # Adam's moments
     c.max_grad_norm = 1.0  # gradients are scaled down to this global norm
     return c
+
+
+def decoder() -> Any:
+    """The fields of stage `decoder` on pictures with captions."""
+    c = ConfigDict()
+    c.steps = 10000
+    c.batch_size = 64  # pairs a step, over all devices
+    c.trainable = r"projector/.*"  # regex over projector/... and transformer/...; next r"(projector|transformer)/.*"
+    c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
+    c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
+    c.level_mean = 0.0  # noise levels are sigmoid(mean + std n) ...
+    c.level_std = 1.0  # (the std)
+    c.shift = 0.0  # ... shifted by this; 0: as the weights' scheduler shifts images of this size
+    c.ema = 0.999  # decay of the moving average of what is trained, which is what is written; 0: none is kept
+    c.optimizer = optimizer("adamw", 1e-4, warmup=500)
+    return c
+
+
+def _validate_pairs(c: ConfigDict) -> None:
+    _require(
+        stages(c) == ["decoder"], "data.source", c.data.source, 'captions are read by config.stage = "decoder" only'
+    )
+    _require(
+        "decoder" in c, "stage", c.stage, "needs the fields of uae_jax.config.decoder(), as configs/sd3_5_decoder.py"
+    )
+    d = c.decoder
+    for field in ("steps", "batch_size", "max_tokens"):
+        _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
+    for field in ("dropout", "ema"):
+        _require(0 <= d[field] < 1, f"decoder.{field}", d[field], "must lie from 0 to below 1")
+    for field in ("level_std", "shift"):
+        _require(d[field] >= 0, f"decoder.{field}", d[field], "must not be negative")
 
 
 def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
@@ -154,7 +189,9 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "rl.malformed", "keep", "group_min", "zero")
     _one_of(c, "redraw.spacing", "uniform", "diffusers")
     _one_of(c, "redraw.prediction", "velocity", "sample")
-    _one_of(c, "data.source", "shapes", "folder")
+    _one_of(c, "data.source", "shapes", "folder", "jsonl")
+    if c.data.source == "jsonl":
+        _validate_pairs(c)
     rl = c.rl
     _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
     _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
@@ -175,6 +212,12 @@ def validate(c: ConfigDict) -> None:
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
+    _require(
+        c.redraw.distilled_guidance >= 0,
+        "redraw.distilled_guidance",
+        c.redraw.distilled_guidance,
+        "must not be negative",
+    )
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
@@ -193,9 +236,12 @@ def validate(c: ConfigDict) -> None:
         f"must divide config.data.batch_size = {c.data.batch_size}",
     )
     _require(
-        c.data.source != "folder" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
+        c.data.source == "shapes" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )
-    for field, pattern in (("trainable", c.trainable), ("lora.target", c.lora.target)):
+    patterns = [("trainable", c.trainable), ("lora.target", c.lora.target)]
+    if c.data.source == "jsonl":
+        patterns.append(("decoder.trainable", c.decoder.trainable))
+    for field, pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:

@@ -33,6 +33,7 @@ class State(struct.PyTreeNode):
     params: Params  # float32, what is trained
     opt_state: optax.OptState
     bad_steps: jax.Array  # int32, updates left out because a gradient was not finite
+    ema: Params = None  # float32 like params, their moving average; None where a stage keeps none
 
 
 class Scores(NamedTuple):

@@ -11,15 +11,17 @@ from flax import traverse_util
 from tokenizers import Tokenizer
 
 from uae_jax import lora, rewards, sharding
-from uae_jax.convert import folder
+from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.clip.model import CLIP
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from uae_jax.models.sd3.model import SD3Transformer
-from uae_jax.umm import Family, Params, caption, diffusion
+from uae_jax.models.vae import config as vae_config
+from uae_jax.models.vae.model import AutoencoderKL
+from uae_jax.sampling import scheduler as schedulers
+from uae_jax.umm import Family, Params, caption, decoder, diffusion
 
 
 class System(NamedTuple):
@@ -61,27 +63,21 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     where = weights_folder(config)
     dtype = jnp.dtype(config.dtype)
     # Frozen weights are read in the compute type only, so they are kept in it.
-    captioner, projector, transformer = (
-        folder.load_model(where / name, mesh, dtype) for name in ("captioner", "projector", "transformer")
-    )
+    captioner = folder.load_model(where / "captioner", mesh, dtype)
     tokenizer = load_tokenizer(where / "captioner")
-    modules = diffusion.Modules(
-        Qwen2_5_VL(captioner.config, dtype, config.remat),
-        Projector(projector.config, dtype),
-        SD3Transformer(transformer.config, dtype, config.remat),
-    )
+    drawn_by, frozen = load_decoder(where, config, mesh)
+    modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
+    if modules.projector.config.in_size != captioner.config.text.hidden_size:
+        raise UserError(
+            f"{where}: the projector reads states of {modules.projector.config.in_size} channels, but the captioner's "
+            f"have {captioner.config.text.hidden_size}: they are not of one system"
+        )
     tower_models = {}
     for name in dict.fromkeys((*config.reward, *config.monitor)):
         if not (where / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {where / name} does not exist")
         tower_models[name] = folder.load_model(where / name, mesh, dtype)
-    frozen = {
-        "start": captioner.params,
-        "projector": projector.params,
-        "transformer": transformer.params,
-        "towers": {name: model.params for name, model in tower_models.items()},
-    }
-    frozen["pooled"] = sharding.place(np.zeros(transformer.config.pooled_projection_dim, np.float32), mesh)
+    frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
         model = folder.load_model(where / "judge", mesh)
@@ -97,6 +93,73 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         automaton=automaton,
         frozen=frozen,
     )
+
+
+class Decoder(NamedTuple):
+    """The modules of `diffusion.Modules` that draw."""
+
+    projector: Projector
+    transformer: decoder.Transformer
+    vae: AutoencoderKL | None
+    scheduler: schedulers.Scheduler | None
+
+
+def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
+    """Projector, transformer and, where their folders exist, vae and scheduler of a folder of weights.
+
+    Returns:
+      The modules; and their parameters on the mesh, with `pooled`.
+
+    Raises:
+      UserError: see `load`; or a part is of another kind than is wanted, or does not fit the others.
+    """
+    dtype = jnp.dtype(config.dtype)
+    declared = config.get("models", {}).get("transformer")
+    kinds: tuple[str, ...] = (folder.architecture(declared.to_dict()),) if declared else decoder.KINDS
+    parts: dict[str, folder.Model] = {}
+    for name, allowed in (("projector", ("Projector",)), ("transformer", kinds), ("vae", (vae_config.CLASS_NAME,))):
+        if name == "vae" and not (where / name).is_dir():
+            continue
+        kind = folder.architecture(folder.load_config(where / name))
+        if kind not in allowed:
+            wanted = " or ".join(allowed)
+            wanted = (
+                f"config.models.{name} says {wanted}"
+                if declared and name == "transformer"
+                else f"{wanted} is wanted there"
+            )
+            raise UserError(f"{where / name} holds a {kind or 'nameless model'}, but {wanted}")
+        parts[name] = folder.load_model(where / name, mesh, dtype)
+    model = decoder.transformer(parts["transformer"].config, dtype, config.remat)
+    vae = AutoencoderKL(parts["vae"].config, dtype) if "vae" in parts else None
+    projector = Projector(parts["projector"].config, dtype)
+    width = model.config.joint_attention_dim
+    if projector.config.out_size != width:
+        raise UserError(
+            f"{where}: the projector gives {projector.config.out_size} channels, but the transformer reads {width}"
+        )
+    latents, drawn = (3 if vae is None else vae.config.latent_channels), decoder.channels(model)
+    if latents != drawn:
+        has = f"{where / 'vae'} is missing" if vae is None else f"the vae's latents have {latents} channels"
+        raise UserError(f"{where}: {has}, but the transformer draws {drawn} channels")
+    frozen: Params = {name: part.params for name, part in parts.items()}
+    frozen["pooled"] = sharding.place(load_pooled(where, model, vae), mesh)
+    found = schedulers.load(where / "scheduler") if (where / "scheduler").is_dir() else None
+    return Decoder(projector, model, vae, found), frozen
+
+
+def load_pooled(where: Path, model: decoder.Transformer, vae: AutoencoderKL | None) -> np.ndarray:
+    """The constant pooled condition, float32 [pooled_projection_dim], of transformer/pooled.safetensors.
+
+    Zeros in a world whose latents are pixels, where there is no text tower.
+
+    Raises:
+      UserError: there is no such file, or it does not fit the transformer.
+    """
+    path, size = where / "transformer" / pooled.FILE, model.config.pooled_projection_dim
+    if vae is None and not path.exists():
+        return np.zeros(size, np.float32)
+    return pooled.read(path, size)
 
 
 def trained(start: Params, config: Any) -> Params:

@@ -1,12 +1,17 @@
 """Model folders in and out of training.
 
-    python -m uae_jax.convert import HF_DIR OUT_DIR
-    python -m uae_jax.convert export OUT_DIR|WEIGHTS_DIR|WORKDIR HF_DIR [--adapter]
+    python -m uae_jax.convert import HF_DIR OUT_DIR [--lora=FILE]
+    python -m uae_jax.convert export OUT_DIR|WEIGHTS_DIR|WORKDIR HF_DIR [--adapter|--umm]
 
 `import` checks a downloaded folder and copies it: OUT_DIR is one model's folder, such as WEIGHTS_DIR/captioner where
-config.weights = WEIGHTS_DIR. `export` writes a folder that transformers loads: of an imported model, of the captioner
-in a folder of weights, or of the captioner that a run has trained (its newest checkpoint over the weights it started
-from, adapters merged). With `--adapter` the adapters alone are written, as a PEFT folder.
+config.weights = WEIGHTS_DIR. Of a whole diffusers pipeline OUT_DIR is WEIGHTS_DIR, to which transformer/, vae/ and
+scheduler/ are added; its text encoders are read for the pooled vector of an empty prompt.
+`--lora` merges an adapter of the transformer, as diffusers saves it.
+
+`export` writes a folder that transformers loads: of an imported model, of the captioner in a folder of weights, or of
+the captioner that a run has trained (its newest checkpoint over the weights it started from, adapters merged). With
+`--adapter` the adapters alone are written, as a PEFT folder; with `--umm` the whole system of a run, with a model card
+and a page of PyTorch that runs it.
 """
 
 import os
@@ -17,34 +22,45 @@ from pathlib import Path
 from uae_jax import runtime
 from uae_jax.errors import UserError
 
-USAGE = "usage: python -m uae_jax.convert import HF_DIR OUT_DIR, or export OUT_DIR|WORKDIR HF_DIR [--adapter]"
+USAGE = (
+    "usage: python -m uae_jax.convert import HF_DIR OUT_DIR [--lora=FILE], "
+    "or export OUT_DIR|WORKDIR HF_DIR [--adapter|--umm]"
+)
 
 
-def export(source: Path, target: Path, adapter: bool) -> str:
+def export(source: Path, target: Path, adapter: bool, whole: bool = False) -> str:
     """Writes `source` (a model's folder, a folder of weights, or a workdir) as a Hugging Face folder.
 
     Returns:
       What was done. Raises UserError where `source` is none of these, or see `transfer.copy_model`.
     """
     from uae_jax import checkpoint, system
-    from uae_jax.convert import folder, transfer
+    from uae_jax.convert import folder, transfer, umm
     from uae_jax.reconstruct import load_config
 
+    if whole and not (source / "config.json").is_file():
+        raise UserError(
+            f"--umm: {source} is not the workdir of a run, whose config.json says how its parts go together"
+        )
     if (source / "captioner").is_dir() and not (source / "config.json").exists():
         source = source / "captioner"
     raw = folder.load_config(source)
     if folder.architecture(raw):
-        if adapter:
-            raise UserError(f"--adapter: {source} is a model, not the workdir of a run")
+        if adapter or whole:
+            raise UserError(f"--{'adapter' if adapter else 'umm'}: {source} is a model, not the workdir of a run")
         return transfer.copy_model(source, target)
     if "weights" not in raw:
         raise UserError(f"{source} is neither a model's folder, a folder of weights, nor the workdir of a run")
     config = load_config(source)
     step = checkpoint.latest_step(source / "checkpoints")
+    if whole and step is None:
+        return umm.export(config, target, transfer.NOTHING, f"{system.weights_folder(config)}, untrained")
     if step is None:
         raise UserError(f"{source}/checkpoints holds no complete checkpoint: there is nothing trained to export")
     leaves = checkpoint.open_leaves(source / "checkpoints", step, "params/encoder/")
     trained = transfer.Trained(leaves.shapes, leaves.read, config.get("lora", {}).get("alpha", 1.0))
+    if whole:
+        return umm.export(config, target, trained, f"step {step} of {source}")
     start = system.weights_folder(config) / "captioner"
     if adapter:
         done = transfer.export_adapter(start, target, trained)
@@ -58,10 +74,15 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments:
         print(__doc__)
         return
-    adapter = "--adapter" in arguments
-    words = [word for word in arguments[1:] if word != "--adapter"]
-    wrong = [word for word in words if word.startswith("-")]
-    if wrong or len(words) != 3 or words[0] not in ("import", "export") or (adapter and words[0] == "import"):
+    flags = [word for word in arguments[1:] if word.startswith("-")]
+    words = [word for word in arguments[1:] if word not in flags]
+    allowed = {"import": ("--lora=",), "export": ("--adapter", "--umm")}.get(words[0] if words else "", ())
+    if (
+        len(words) != 3
+        or len(flags) > 1
+        or not allowed
+        or any("".join(flag.partition("=")[:2]) not in allowed for flag in flags)
+    ):
         raise UserError(USAGE)
     runtime.prepare()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may be using the accelerator
@@ -69,11 +90,11 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source, target = Path(words[1]), Path(words[2])
     if words[0] == "import":
-        from uae_jax.convert import transfer
+        from uae_jax.convert import pipeline
 
-        done = transfer.copy_model(source, target)
+        done = pipeline.import_folder(source, target, *(Path(flag.removeprefix("--lora=")) for flag in flags))
     else:
-        done = export(source, target, adapter)
+        done = export(source, target, "--adapter" in flags, "--umm" in flags)
     print(f"wrote {target}: {done}")
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on their way out: merged into kernels, or as a PEFT adapter folder.
+"""Low-rank adapters (LoRA, Hu et al. 2021): out, merged into kernels or as a PEFT folder; in, as diffusers saves them.
 
 An adapter lies beside its kernel [..., in, out] as `lora_a` [..., in, r] and `lora_b` [..., r, out]; leading axes stack
 layers. The kernel it stands for is kernel + (alpha / r) lora_a @ lora_b.
@@ -9,9 +9,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from uae_jax.convert import files
 from uae_jax.convert import table as tables
+from uae_jax.errors import UserError
 from uae_jax.models.qwen2_5_vl.weights import module_name
 
 LEAVES = ("lora_a", "lora_b")
@@ -84,3 +86,63 @@ def write_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return len(modules)
+
+
+def read_diffusers(path: Path, table: list[tables.Entry]) -> dict[str, np.ndarray]:
+    """The adapters of a DiT in a file as diffusers' `save_lora_weights` writes it, for `merge` with alpha = their rank.
+
+    A layer without an adapter gets zeros where others of its stack have one, a smaller rank is filled up with zeros,
+    and every layer's alpha / r is multiplied into its `lora_b`: the products are those of the file.
+
+    Args:
+      path: of pytorch_lora_weights.safetensors.
+      table: of the transformer.
+
+    Returns:
+      {'.../lora_a': float32 [..., in, r], '.../lora_b': [..., r, out]}.
+
+    Raises:
+      UserError: names what in the file is no adapter of a linear layer of the transformer.
+    """
+    headers = files.read_header(path)
+    views = files.map_tensors(headers)
+    found = {name.removeprefix("transformer."): np.asarray(x, np.float32) for name, x in views.items()}
+    if not found:
+        raise UserError(f"{path} holds no adapters")
+    rank = max((x.shape[0] for name, x in found.items() if name.endswith(".lora_A.weight")), default=1)
+    alphas = _alphas(path)
+    adapters: dict[str, np.ndarray] = {}
+    for entry in table:
+        if entry.transform is not tables.LINEAR:
+            continue
+        leaves = [np.zeros(shape, np.float32) for shape in shapes(tables.param_shape(entry), rank)]
+        for index, name in tables.indexed(entry.names):
+            module = name.removesuffix(".weight")
+            pair = [found.pop(f"{module}.{part}.weight", None) for part in ("lora_A", "lora_B")]
+            if pair[0] is None and pair[1] is None:
+                continue
+            if pair[0] is None or pair[1] is None:
+                raise UserError(f"{path}: the adapter of {module} has only one of lora_A and lora_B")
+            (r, inputs), (outputs, again) = pair[0].shape, pair[1].shape
+            if (outputs, inputs) != entry.shape or r != again:
+                raise UserError(f"{path}: the adapter of {module} is {outputs}x{inputs}, the layer {entry.shape}")
+            alpha = float(found.pop(f"{module}.alpha", alphas.get(module, alphas.get("", r))))
+            leaves[0][(*index, ..., slice(r))] = pair[0].T
+            leaves[1][(*index, slice(r), slice(None))] = pair[1].T * (alpha / r)
+            adapters |= zip(paths(entry.path), leaves, strict=True)
+    if found:
+        raise UserError(f"{path} does not fit the transformer: unexpected {', '.join(sorted(found)[:5])}")
+    return adapters
+
+
+def _alphas(path: Path) -> dict[str, float]:
+    """Alphas by module, '' for all others, that diffusers notes in the file's metadata."""
+    with safe_open(path, framework="numpy") as file:
+        note = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    note = {name.removeprefix("transformer."): value for name, value in note.items()}
+    if note.get("use_rslora") or note.get("use_dora"):
+        raise UserError(f"{path}: rsLoRA and DoRA are not supported")
+    found = dict(note.get("alpha_pattern") or {})
+    if note.get("lora_alpha") is not None:
+        found[""] = note["lora_alpha"]
+    return found

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from uae_jax import storage
-from uae_jax.convert import files, folder, lora
+from uae_jax.convert import files, folder, lora, pooled
 from uae_jax.convert import table as tables
 from uae_jax.errors import UserError
 
-# What lies beside the weights of a model: config.json, tokenizer, processors, chat template, licence. No code.
+# What lies beside the weights of a model: config.json, tokenizer, processors, chat template, licence, and the pooled
+# vector of a decoder. No code.
 _COMPANIONS = (".json", ".txt", ".jinja", ".model")
-_LICENCES = ("LICENSE", "NOTICE")
+_NAMES = ("LICENSE", "NOTICE", pooled.FILE)
 
 
 class Trained(NamedTuple):
@@ -127,7 +128,7 @@ def _tensors(found: folder.Checkpoint, trained: Trained) -> Iterator[tuple[str, 
 
 def _copy_companions(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COMPANIONS or path.name.startswith(_LICENCES)
+        wanted = path.suffix in _COMPANIONS or path.name.startswith(_NAMES)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             with open(path, "rb") as before, open(target / path.name, "wb") as after:
                 shutil.copyfileobj(before, after)

@@ -10,19 +10,22 @@ from uae_jax.data.shapes import tokenizer as shapes_tokenizer
 from uae_jax.errors import UserError
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from uae_jax.models.sd3.model import SD3Transformer
-from uae_jax.stages import Program, captioner, coldstart, decoder, rl, tower
+from uae_jax.stages import Program, captioner, coldstart, decoder, pairs, rl, tower
 from uae_jax.umm import caption, diffusion
+from uae_jax.umm import decoder as drawing
 
 
 def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
-    """The program of a stage. Later stages of a cold start read what earlier ones wrote to workdir/weights.
+    """The program of a stage. Later stages of a cold start read what earlier ones wrote to workdir/weights; `decoder`
+    on a jsonl file of pictures with captions starts from `config.weights`.
 
     Raises:
       UserError: a stage that starts from nothing, in a config that does not say of what size.
     """
     if stage == "rl":
         return rl.build(config, workdir, mesh)
+    if stage == "decoder" and config.data.source == "jsonl":
+        return pairs.build(config, workdir, mesh)
     if "models" not in config:
         raise UserError(
             f"config.stage = {stage!r} starts from nothing and needs config.models, as configs/tiny_coldstart.py"
@@ -32,7 +35,7 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     modules = diffusion.Modules(
         Qwen2_5_VL(sizes, remat=config.remat),
         Projector(coldstart.model_config(config, "projector")),
-        SD3Transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
+        drawing.transformer(coldstart.model_config(config, "transformer"), remat=config.remat),
     )
     prompts = diffusion.Prompts.build(tokenizer, config, sizes)
     if stage == "tower":

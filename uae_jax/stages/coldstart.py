@@ -73,15 +73,22 @@ def initial_state(key: jax.Array, params: Params, optimizer: optax.GradientTrans
 
 
 def supervised_step(
-    loss: Loss, optimizer: optax.GradientTransformation
+    loss: Loss, optimizer: optax.GradientTransformation, ema: float = 0.0
 ) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, Metrics]]:
-    """One gradient step on `loss(params, frozen, batch, key) -> (loss, metrics)`."""
+    """One gradient step on `loss(params, frozen, batch, key) -> (loss, metrics)`.
+
+    Args:
+      ema: decay a step of the state's moving average; 0: it has none.
+    """
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         batch = batch | {"image": batch["image"].astype(jnp.float32) / 255.0}
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
         state, norm, _ = apply_gradient(state, gradient, optimizer)
+        if ema:
+            averaged = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, state.params)
+            state = state.replace(ema=averaged)
         return state.replace(step=state.step + 1), metrics | {"grad_norm": norm, "bad_steps": state.bad_steps}
 
     return step

@@ -21,6 +21,7 @@ from uae_jax.models import apply, initial
 from uae_jax.stages import Program, card, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, diffusion
+from uae_jax.umm import decoder as drawing
 
 
 def whitening(states: np.ndarray, floor: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +66,7 @@ def build(
         return {"tokens": tokens, "length": mask.sum(1).astype(np.int32) - 1}
 
     def loss(params: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
-        clean = diffusion.latents_from_pixels(batch["image"])
+        clean = drawing.latents_from_pixels(batch["image"])
         states, mask = states_of(frozen["start"], batch["tokens"], batch["length"])
         text = apply(projector, params["projector"] | frozen["whitening"], states)
         noise_key, level_key = jax.random.split(key)
@@ -73,7 +74,7 @@ def build(
         level = jax.nn.sigmoid(settings.level_mean + settings.level_std * jax.random.normal(level_key, clean.shape[:1]))
         sigma = level[:, None, None, None]
         weights = {"transformer": params["transformer"], "pooled": pooled}
-        prediction = diffusion.draw_step(
+        prediction = drawing.draw_step(
             transformer, weights, (1 - sigma) * clean + sigma * noise, text, level, mask if config.mask_text else None
         ).astype(jnp.float32)
         if config.redraw.prediction == "velocity":

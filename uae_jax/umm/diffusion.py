@@ -1,6 +1,6 @@
 """UMM-1: a vision-language model writes the caption, a flow-matching MM-DiT draws it (UniWorld-V1, UAE).
 
-    image --Qwen2.5-VL--> caption --Qwen2.5-VL, text alone--> states --projector--> MM-DiT --> image
+    image --Qwen2.5-VL--> caption --Qwen2.5-VL, text alone--> states --projector--> MM-DiT, VAE --> image
 
 The caption is read again, without the image, by a frozen copy of the captioner (`condition_source="text"`,
 `text_encoder="frozen"`): text is then the only channel, and the frozen decoder keeps seeing states it knows.
@@ -20,10 +20,11 @@ from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.qwen2_5_vl.prompts import Prompt, alike
-from uae_jax.models.sd3.model import SD3Transformer
+from uae_jax.models.vae.model import AutoencoderKL
 from uae_jax.sampling import flow, tokens
+from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.sampling.tokens import Segment
-from uae_jax.umm import Family, Params, Trajectory, caption
+from uae_jax.umm import Family, Params, Trajectory, caption, decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Modules:
 
     captioner: Qwen2_5_VL
     projector: Projector
-    transformer: SD3Transformer
+    transformer: decoder.Transformer
+    vae: AutoencoderKL | None = None  # None: latents are pixels
+    scheduler: Scheduler | None = None  # None: `config.redraw` alone says where the noise levels lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +120,20 @@ def build(
     """The functions of a family for one config.
 
     `frozen` holds: `start` (all of the captioner's weights before training: the text encoder, the KL reference, and
-    whatever is not trained), `projector`, `transformer`, `pooled` [p] (the decoder's constant pooled condition).
+    whatever is not trained), `projector`, `transformer`, `pooled` [p] (the decoder's constant pooled condition), and
+    `vae` where there is one.
     `params["encoder"]` holds the trained leaves of the captioner.
 
     Args:
       temperature: of `generate`, which then narrows as `config.eval` says; 0 takes the most likely token. None means a
         rollout: the policy itself.
+
+    Raises:
+      UserError: the decoder cannot draw images of `config.data.image_size`.
     """
     model, settings = modules.captioner, config.rl
-    height = width = config.data.image_size
-    levels = flow.sigmas(config.redraw.steps, config.redraw.shift, config.redraw.spacing)
+    shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
+    levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
     sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
     if temperature is not None:
         sampling = sampling._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
@@ -183,48 +190,18 @@ def build(
         params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
     ) -> jax.Array:
         states, mask = conditions(params, frozen, captions, images)
-        noise = initial_noise(keys, (height, width, modules.transformer.config.in_channels), config.redraw.same_noise)
-        guidance = config.redraw.guidance
-        if guidance != 1.0:
-            # One doubled batch on a new leading axis: conditional, unconditional.
+        noise = decoder.initial_noise(keys, shape, config.redraw.same_noise)
+        if config.redraw.guidance != 1.0:
+            # On a new leading axis: conditional, unconditional.
             states, mask = (jnp.stack(x) for x in zip((states, mask), negative_conditions(frozen, states), strict=True))
         text = apply(modules.projector, frozen["projector"], states)
+        shown = mask if config.mask_text else None
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            latents = x if guidance == 1.0 else jnp.broadcast_to(x, (2, *x.shape))
-            prediction = draw_step(
-                modules.transformer, frozen, latents, text, sigma, mask if config.mask_text else None
-            )
-            if guidance != 1.0:
-                prediction = flow.guided(prediction[0], prediction[1], guidance)
+            prediction = decoder.guided_step(modules.transformer, frozen, x, text, sigma, shown, config.redraw)
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
-        return pixels_from_latents(flow.euler(velocity, noise, levels))
+        latents = flow.euler(velocity, noise, levels)
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), config.redraw.slice_vae)
 
     return Family(generate, redraw, log_probs)
-
-
-def initial_noise(keys: jax.Array, shape: tuple[int, ...], same: bool) -> jax.Array:
-    """Gaussian noise [b, g, *shape], by row; `same` repeats that of each group's first sample."""
-    drawn = tokens.map_keys(lambda k: jax.random.normal(k, shape), keys[:, :1] if same else keys)
-    return jnp.broadcast_to(drawn, (*keys.shape, *shape))
-
-
-def draw_step(
-    transformer: SD3Transformer, frozen: Params, latents: jax.Array, text: jax.Array, sigma: jax.Array, mask: Any
-) -> jax.Array:
-    """One call of the MM-DiT at noise level sigma (a scalar or [...]), which it knows as a timestep 0..1000."""
-    batch = latents.shape[:-3]
-    pooled = jnp.broadcast_to(frozen["pooled"], (*batch, frozen["pooled"].shape[-1]))
-    timestep = jnp.broadcast_to(sigma * flow.TRAIN_TIMESTEPS, batch)
-    return apply(transformer, frozen["transformer"], latents, text, pooled, timestep, mask)
-
-
-def pixels_from_latents(latents: jax.Array) -> jax.Array:
-    """The tiny world's autoencoder is the identity: latents are pixels in -1..1."""
-    return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
-
-
-def latents_from_pixels(images: jax.Array) -> jax.Array:
-    """Inverse of `pixels_from_latents`."""
-    return images * 2.0 - 1.0
