@@ -142,7 +142,8 @@ def counted(cosines: Mapping[str, np.ndarray], compat: bool) -> scores.Scores:
 
 def bounded(score: scores.Score) -> dict[str, Any]:
     """Mean with its 95% interval and the number of images that count."""
-    moved = scores.change(scores.Score(np.zeros(len(score.sums)), score.counts), score)
+    sums = score.sums[score.counts > 0]
+    moved = scores.change(scores.each(0 * sums), scores.each(sums))
     values: dict[str, Any] = {"mean": None, "low": None, "high": None} if moved is None else moved.json()
     return values | {"n": int(score.counts.sum())}
 
@@ -211,13 +212,9 @@ def compared(first: Scored, second: Scored, compat: bool) -> dict[str, Any]:
     With `compat` only images count that both have.
     """
     if compat:
-        both = [
-            ~np.isnan(a) & ~np.isnan(b) for a, b in zip(first.cosines.values(), second.cosines.values(), strict=True)
-        ]
-        first, second = (
-            Scored({n: np.where(ok, v, np.nan) for (n, v), ok in zip(x.cosines.items(), both, strict=True)}, {})
-            for x in (first, second)
-        )
+        known = [~np.isnan(values) for system in (first, second) for values in system.cosines.values()]
+        both = np.logical_and.reduce(known)
+        first, second = (Scored({name: v[both] for name, v in x.cosines.items()}, {}) for x in (first, second))
     moved = scores.changes(counted(second.cosines, compat), counted(first.cosines, compat))
     return {name: None if value is None else value.json() for name, value in moved.items()}
 
