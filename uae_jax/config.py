@@ -70,9 +70,9 @@ def default() -> ConfigDict:
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
     c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
 
-    # Weights of the rewards; {"clip": 1.0} is the paper. A name is a tower's folder of weights (CLIP, LongCLIP, DINOv2,
-    # DINOv3, SigLIP by its config.json), "length" or "wellformed"; names joined by "*" are multiplied.
-    c.reward = ConfigDict({"clip": 1.0})
+    # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
+    # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
+    c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
 
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)

@@ -55,7 +55,8 @@ def pair(sources: list[Path], reconstructions: list[Path]) -> Pairs:
             unpaired.append(path)
         else:
             found.setdefault(source, []).append(path)
-    chosen, duplicates = {}, []
+    chosen: dict[Path, Path] = {}
+    duplicates: list[Path] = []
     for source, candidates in found.items():
         best, *rest = sorted(candidates, key=lambda p: (p.name != source.name, p.stem != source.stem))
         chosen[source] = best

@@ -92,7 +92,7 @@ def features(
     how, embed = processing(model.config), jax.jit(rewards.embedding(model.config, jnp.float32))
     # One small program for each size of picture; the tower is compiled once.
     prepare = jax.jit(lambda image: process(image.astype(jnp.float32) / 255, how, rounded=True))
-    found = {}
+    found: dict[Path, np.ndarray] = {}
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
         pixels = np.stack([prepare(np.asarray(load(path), np.uint8)) for path in part])
@@ -168,7 +168,7 @@ def report(sources: list[Path], root: Path, system: System, scored: Scored, comp
         }
         for tower, values in scored.cosines.items()
     }
-    statistics = {}
+    statistics: dict[str, dict[str, Any]] = {}
     for tower, by_name in cosines.items():
         valid = [value for value in by_name.values() if value is not None]
         statistics[tower] = {

@@ -136,7 +136,11 @@ def norm(parent: nn.Module, name: str, eps: float) -> nn.LayerNorm:
 
 
 def layers(
-    count: int, attention: tuple[int, tuple[bool, bool, bool, bool]], mlp: Callable[[], nn.Module], eps: float, dtype
+    count: int,
+    attention: tuple[int, tuple[bool, bool, bool, bool]],
+    mlp: Callable[[], nn.Module],
+    eps: float,
+    dtype: jnp.dtype,
 ) -> nn.Module:
     """`count` layers, scanned: their parameters have a leading layer axis."""
     scanned = nn.scan(
