@@ -78,9 +78,10 @@ def process(images: jax.Array, how: Processing, rounded: bool = False) -> jax.Ar
         return jnp.clip(jnp.floor(x * 255 + 0.5) / 255 if rounded else x, 0.0, 1.0)
 
     x = images.astype(jnp.float32)
-    if (new_height, new_width) != (height, width):
-        x = levels(resample.apply(resample.matrix(width, new_width, how.kernel), x, -2))
-        x = levels(resample.apply(resample.matrix(height, new_height, how.kernel), x, -3))
-    top, left = (new_height - how.size) // 2, (new_width - how.size) // 2
-    x = x[..., top : top + how.size, left : left + how.size, :]
+    # Only what the crop keeps is resampled: a 1 x 100000 picture cannot fill the memory.
+    for axis, old, new in ((-2, width, new_width), (-3, height, new_height)):
+        start = (new - how.size) // 2
+        weights = resample.matrix(old, new, how.kernel, start, how.size)
+        if not np.array_equal(weights, np.eye(how.size, old)):
+            x = levels(resample.apply(weights, x, axis))
     return (x - how.mean) / how.std

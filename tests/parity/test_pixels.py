@@ -88,6 +88,14 @@ def test_matrices_are_torchs(size, new_size, kernel):
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-12)
 
 
+def test_part_of_a_matrix_and_a_very_long_picture():
+    for kernel in ("linear", "cubic", "cubic_sharp"):
+        part = resample.matrix(50, 31, kernel, start=7, count=9)
+        np.testing.assert_array_equal(part, resample.matrix(50, 31, kernel)[7:16])
+    found = pixels.process(jnp.zeros((2, 20000, 3)), pixels.processing(CLIPConfig()))
+    assert found.shape == (224, 224, 3)
+
+
 def test_compiled_or_not_and_differentiable():
     how = pixels.processing(DINOv2Config())
     x = jnp.asarray(picture(67, 90), jnp.float32)[None, None] / 255

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file
 from tests.parity.conftest import redraw
 from uae_jax.convert import folder
 from uae_jax.errors import UserError
+from uae_jax.models import apply
 from uae_jax.models.clip import longclip
 from uae_jax.models.clip.config import Config as CLIPConfig
 from uae_jax.models.clip.config import TextConfig, VisionConfig
+from uae_jax.models.clip.model import CLIP
 from uae_jax.models.dinov2.config import Config as DINOv2Config
 from uae_jax.models.dinov2.model import DINOv2
 from uae_jax.models.dinov3.config import Config as DINOv3Config
@@ -141,7 +143,7 @@ def test_leading_axes_are_free(case):
 def test_bfloat16_stays_near(case):
     _, model, variables, pixels, _ = case
     low = dataclasses.replace(model, dtype=jnp.bfloat16)
-    exact, found = (outputs(m, variables, pixels)["pooled"] for m in (model, low))
+    exact, found = (jax.jit(lambda x, m=m: outputs(m, variables, x)["pooled"])(pixels) for m in (model, low))
     assert found.dtype == jnp.bfloat16
     cosine = (exact * found).sum(-1) / jnp.linalg.norm(exact, axis=-1) / jnp.linalg.norm(found.astype(float), axis=-1)
     assert cosine.min() > 0.99
@@ -191,11 +193,9 @@ def test_longclip_reads_a_folder_of_248_positions_and_stretches_77(tmp_path):
     again = transformers.CLIPModel.from_pretrained(tmp_path / "long").eval()
     assert again.text_model.embeddings.position_embedding.weight.shape == (248, 24)
     tokens = np.random.default_rng(1).integers(0, 49, (2, 200))
-    from uae_jax.models.clip.model import CLIP
-
     with torch.no_grad():
         expected = again.text_projection(again.text_model(torch.from_numpy(tokens)).pooler_output)
-    found = CLIP(config).apply({"params": params}, tokens, method="text_features")
+    found = jax.jit(lambda p, x: apply(CLIP(config), p, x, method="text_features"))(params, tokens)
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
 
 

@@ -4,8 +4,6 @@
 known to about 1e-4; here they are constants of the program, so that it gives the same numbers compiled or not.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +20,8 @@ def _linear(x: np.ndarray) -> np.ndarray:
     return np.maximum(1 - x, 0)
 
 
-@functools.lru_cache(maxsize=256)
-def matrix(size: int, new_size: int, kernel: str) -> np.ndarray:
-    """Weights [new_size, size] that resample an axis; rows sum to 1.
+def matrix(size: int, new_size: int, kernel: str, start: int = 0, count: int | None = None) -> np.ndarray:
+    """Weights [count, size] that resample an axis; rows sum to 1.
 
     Args:
       size: pixels along the axis.
@@ -32,17 +29,19 @@ def matrix(size: int, new_size: int, kernel: str) -> np.ndarray:
       kernel: "linear" or "cubic" (a = -0.5), stretched to anti-alias where the axis shrinks and cut off at the edges,
         as PIL and torch's antialias=True do it; or "cubic_sharp" (a = -0.75), never stretched, with edge pixels
         repeated, as torch's bicubic without antialias does it.
+      start, count: which of the new pixels are wanted; all by default. A crop of a long picture needs few.
     """
     scale = size / new_size
-    centres = (np.arange(new_size) + 0.5) * scale
+    count = new_size if count is None else count
+    centres = (start + np.arange(count) + 0.5) * scale
     if kernel == "cubic_sharp":
         first = np.floor(centres - 0.5).astype(int)
-        weights = np.zeros((new_size, size))
+        weights = np.zeros((count, size))
         for tap in range(-1, 3):
             at = first + tap
             np.add.at(
                 weights,
-                (np.arange(new_size), np.clip(at, 0, size - 1)),
+                (np.arange(count), np.clip(at, 0, size - 1)),
                 _cubic(np.abs(at + 0.5 - centres), -0.75),
             )
         return weights
@@ -52,7 +51,7 @@ def matrix(size: int, new_size: int, kernel: str) -> np.ndarray:
 
 
 def apply(weights: np.ndarray, x: jax.Array, axis: int) -> jax.Array:
-    """Resamples one axis of x by the weights of `matrix` [new_size, size], in float32."""
+    """Resamples one axis of x by the weights of `matrix` [new size, size], in float32."""
     x = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     y = jnp.matmul(x, jnp.asarray(weights.T, jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(y, -1, axis)
