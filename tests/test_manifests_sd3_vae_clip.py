@@ -14,12 +14,21 @@ from uae_jax.convert.table import flat_names, param_shape
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import model as clip_model
 from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.dinov2 import config as dinov2_config
+from uae_jax.models.dinov2 import model as dinov2_model
+from uae_jax.models.dinov2 import weights as dinov2_weights
+from uae_jax.models.dinov3 import config as dinov3_config
+from uae_jax.models.dinov3 import model as dinov3_model
+from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import model as flux_model
 from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import model as sd3_model
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.siglip import config as siglip_config
+from uae_jax.models.siglip import model as siglip_model
+from uae_jax.models.siglip import weights as siglip_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import model as vae_model
 from uae_jax.models.vae import weights as vae_weights
@@ -29,6 +38,9 @@ SD3 = (sd3_config.Config, sd3_weights.table, sd3_model.SD3Transformer)
 FLUX = (flux_config.Config, flux_weights.table, flux_model.FluxTransformer)
 VAE = (vae_config.Config, vae_weights.table, vae_model.AutoencoderKL)
 CLIP = (clip_config.Config, clip_weights.table, clip_model.CLIP)
+DINOV2 = (dinov2_config.Config, dinov2_weights.table, dinov2_model.DINOv2)
+DINOV3 = (dinov3_config.Config, dinov3_weights.table, dinov3_model.DINOv3)
+SIGLIP = (siglip_config.Config, siglip_weights.table, siglip_model.SigLIP)
 MODELS: dict[str, Any] = {
     "sd3_5_medium": SD3,
     "sd3_5_large": SD3,
@@ -36,6 +48,14 @@ MODELS: dict[str, Any] = {
     "vae_sd3": VAE,
     "vae_flux": VAE,
     "clip_vit_l14": CLIP,
+    "clip_vit_l14_336": CLIP,
+    "longclip_l": CLIP,
+    "dinov2_large": DINOV2,
+    "dinov2_giant": DINOV2,
+    "dinov3_vitl16": DINOV3,
+    "dinov3_vith16plus": DINOV3,
+    "dinov3_vit7b16": DINOV3,
+    "siglip_large_384": SIGLIP,
 }
 
 
@@ -58,6 +78,10 @@ def inputs(config: Any) -> list[jax.ShapeDtypeStruct]:
         case clip_config.Config():
             side = config.vision.image_size
             return [array(1, side, side, 3), array(1, config.text.max_position_embeddings, dtype=jnp.int32)]
+        case dinov2_config.Config() | dinov3_config.Config():
+            return [array(1, 224, 224, 3)]
+        case siglip_config.Config():
+            return [array(1, config.vision.image_size, config.vision.image_size, 3)]
     raise AssertionError(config)
 
 

@@ -1,6 +1,7 @@
 """Rewards: resizing, cosines, weighted sums, and the grammar as a table over token ids."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from uae_jax import rewards
 from uae_jax.data.shapes import grammar, tokenizer
 from uae_jax.data.shapes.grammar import WORDS, Description, Mention
 from uae_jax.data.shapes.scene import sample_scene
+from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.clip.config import Config, TextConfig, VisionConfig
 from uae_jax.models.clip.model import CLIP
@@ -117,7 +119,7 @@ def test_clip_tower():
     fresh = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 5), int))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), fresh)
-    features = jax.jit(rewards.clip_tower(module))
+    features = jax.jit(rewards.tower(config, jnp.float32))
     found = features(params, x)
     assert found.shape == (2, 3, 8)
     np.testing.assert_allclose(jnp.linalg.norm(found, axis=-1), 1, atol=1e-5)
@@ -133,6 +135,30 @@ def test_weighted_sum():
     assert jnp.isnan(rewards.weighted_sum(values, {"clip": 1.0, "monitor": 1.0})).all()
     with pytest.raises(KeyError, match="lpips"):
         rewards.weighted_sum(values, {"lpips": 1.0})
+
+
+def test_products_are_terms_and_name_their_towers():
+    values = {"clip": jnp.full((2, 3), 0.5), "dinov2": jnp.full((2, 3), -0.5), "wellformed": jnp.eye(2, 3)}
+    weights = {"clip": 2.0, "clip*dinov2*wellformed": 4.0}
+    assert np.array_equal(rewards.weighted_sum(values, weights), 1.0 - np.eye(2, 3))
+    config = types.SimpleNamespace(reward={"length": 1.0, **weights}, monitor=("dinov2", "siglip"))
+    assert rewards.tower_names(config) == ["clip", "dinov2", "siglip"]
+
+
+def test_rewards_of_the_caption_alone():
+    end = TOKENIZER.token_to_id("<|im_end|>")
+    tokens = np.array([[*TOKENIZER.encode("a square").ids, end, 0], [end] * 4])
+    lengths = jnp.array([2, 4])
+    found = rewards.of_text({"clip*wellformed": 1.0, "length": 0.1}, jnp.asarray(tokens), lengths, 2, AUTOMATON)
+    assert {k: v.tolist() for k, v in found.items()} == {"length": [1.0, 0.5], "wellformed": [1.0, 0.0]}
+    assert rewards.of_text({"clip": 1.0}, jnp.asarray(tokens), lengths, 2, AUTOMATON) == {}
+    with pytest.raises(UserError, match="no grammar"):
+        rewards.of_text({"wellformed": 1.0}, jnp.asarray(tokens), lengths, 2, None)
+
+
+def test_what_is_no_tower_is_refused():
+    with pytest.raises(UserError, match="no image tower"):
+        rewards.tower(TextConfig(), jnp.float32)
 
 
 # ---- grammar ---------------------------------------------------------------------------------------------------------

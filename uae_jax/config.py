@@ -48,6 +48,7 @@ def default() -> ConfigDict:
     c.rl = ConfigDict()
     c.rl.group_size = 8  # captions per image (G); the group is the baseline, so at least 2
     c.rl.max_tokens = 32  # longest caption, in tokens, the end token included
+    c.rl.token_budget = 16  # caption tokens that reward "length" grants in full; unused where no reward names it
     c.rl.temperature = 1.0  # of the policy: sampling and scoring alike
     c.rl.beta = 0.02  # weight of the KL (k3) to the starting weights
     c.rl.clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
@@ -72,6 +73,8 @@ def default() -> ConfigDict:
     c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
     c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
 
+    # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
+    # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
 
@@ -202,7 +205,7 @@ def validate(c: ConfigDict) -> None:
             field not in rl, f"rl.{field}", rl.get(field), f"a rollout draws from all tokens; see config.eval.{field}"
         )
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
-    for field in ("max_tokens", "inner_epochs", "microbatches", "logit_chunk"):
+    for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
     for field in ("batch_size", "image_size", "held_out", "max_objects"):
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")

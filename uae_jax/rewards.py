@@ -1,22 +1,32 @@
-"""Rewards: named functions of device arrays, and their weighted sum.
+"""Rewards: named functions of device arrays, and weighted sums of their products.
 
 A tower's reward is the cosine of its features of two images (the paper's r(x, x^), with CLIP). What needs the caption's
 string is a table over token ids (`well_formed`).
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from uae_jax.errors import UserError
 from uae_jax.models import apply
+from uae_jax.models.clip.config import Config as CLIPConfig
 from uae_jax.models.clip.model import CLIP
+from uae_jax.models.dinov2.config import Config as DINOv2Config
+from uae_jax.models.dinov2.model import DINOv2
+from uae_jax.models.dinov3.config import Config as DINOv3Config
+from uae_jax.models.dinov3.model import DINOv3
+from uae_jax.models.siglip.model import SigLIP
+from uae_jax.pixels import CLIP_MEAN, CLIP_STD, process, processing
 
-# OpenAI CLIP's pixel statistics.
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+# Rewards of the caption alone; every other name is a tower, and a folder of weights.
+OF_TEXT = ("length", "wellformed")
 
 
 def normalised(images: jax.Array, size: int) -> jax.Array:
@@ -33,12 +43,39 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-12))
 
 
-def clip_tower(module: CLIP) -> Callable[[Any, jax.Array], jax.Array]:
-    """features(params, images [..., H, W, 3] in 0..1) -> unit vectors [..., d]."""
+def embedding(config: Any, dtype: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """embed(params, pixels [..., size, size, 3]) -> unit vectors [..., d], of the tower that a config belongs to.
+
+    CLIP's image embedding, the class token of DINOv2 and DINOv3 after the final norm, SigLIP's pooled embedding.
+
+    Args:
+      config: of a model folder (`convert.folder`); its class decides.
+      dtype: compute type.
+
+    Raises:
+      UserError: it is no tower's config.
+    """
+    processing(config)  # refuses what is no tower
+    if isinstance(config, DINOv2Config | DINOv3Config):
+        dino: nn.Module = DINOv2(config, dtype) if isinstance(config, DINOv2Config) else DINOv3(config, dtype)
+        return lambda params, pixels: unit(apply(dino, params, pixels)[..., 0, :])
+    module: nn.Module = CLIP(config, dtype) if isinstance(config, CLIPConfig) else SigLIP(config, dtype)
+    return lambda params, pixels: unit(apply(module, params, pixels, method="image_features"))
+
+
+def tower(config: Any, dtype: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """features(params, images [..., H, W, 3] in 0..1) -> unit vectors [..., d], smooth in the images.
+
+    As `embedding`, after the tower's own processing; CLIP sees the whole image, as the sources of a run are squares.
+
+    Raises:
+      UserError: it is no tower's config.
+    """
+    embed, how = embedding(config, dtype), processing(config)
 
     def features(params: Any, images: jax.Array) -> jax.Array:
-        pixels = normalised(images, module.config.vision.image_size)
-        return unit(apply(module, params, pixels, method="image_features"))
+        clip = isinstance(config, CLIPConfig)
+        return embed(params, normalised(images, how.size) if clip else process(images, how))
 
     return features
 
@@ -67,9 +104,28 @@ def similarities(towers: Towers, params: Any, images: jax.Array, redrawn: jax.Ar
     }
 
 
+def factors(weights: Mapping[str, float]) -> list[str]:
+    """The names in a reward's terms, each once: {"clip": 1.0, "dinov2*wellformed": 0.5} -> clip, dinov2, wellformed."""
+    return list(dict.fromkeys(name for term in weights for name in term.split("*")))
+
+
+def tower_names(config: Any) -> list[str]:
+    """The towers that a config needs, for its reward or to be watched."""
+    return [name for name in dict.fromkeys((*factors(config.reward), *config.monitor)) if name not in OF_TEXT]
+
+
 def weighted_sum(values: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
-    """The reward: sum of weights times named values."""
-    return sum((weight * values[name] for name, weight in weights.items()), start=jnp.float32(0.0))
+    """The reward: sum of weights times named values, or times products of them ("clip*wellformed")."""
+
+    def term(names: str) -> jax.Array:
+        return functools.reduce(operator.mul, (values[name] for name in names.split("*")))
+
+    return sum((weight * term(names) for names, weight in weights.items()), start=jnp.float32(0.0))
+
+
+def brevity(lengths: jax.Array, budget: int) -> jax.Array:
+    """The reward `length`: 1 for captions of at most `budget` tokens, budget / length for longer ones; float32."""
+    return budget / jnp.maximum(lengths, budget).astype(jnp.float32)
 
 
 class Automaton(NamedTuple):
@@ -90,3 +146,25 @@ def well_formed(tokens: jax.Array, lengths: jax.Array, automaton: Automaton) -> 
     start = jnp.zeros(tokens.shape[:-1], jnp.int32)
     state, _ = jax.lax.scan(step, start, (jnp.moveaxis(tokens, -1, 0), jnp.arange(tokens.shape[-1])))
     return accepting[state]
+
+
+def of_text(
+    weights: Mapping[str, float], tokens: jax.Array, lengths: jax.Array, budget: int, automaton: Automaton | None
+) -> dict[str, jax.Array]:
+    """The rewards of the captions alone that `weights` names, float32 [...].
+
+    Args:
+      tokens: [..., t]; lengths: [...], without the end token.
+      budget: tokens that `length` grants.
+      automaton: the data's grammar, for `wellformed`.
+
+    Raises:
+      UserError: `wellformed` where the data has no grammar.
+    """
+    named = factors(weights)
+    values = {"length": brevity(lengths, budget)} if "length" in named else {}
+    if "wellformed" in named:
+        if automaton is None:
+            raise UserError("config.reward names 'wellformed', but this data has no grammar: leave it out")
+        values["wellformed"] = well_formed(tokens, lengths, automaton).astype(jnp.float32)
+    return values

@@ -70,13 +70,14 @@ def score(
     """Rewards of a rollout, and which samples count."""
     captions = trajectory["caption"]
     values = rewards.similarities(towers, frozen["towers"], images, redrawn)
-    reward = rewards.weighted_sum(values, config.reward)
+    length = tokens.content_lengths(captions, end_token)
+    of_text = rewards.of_text(config.reward, captions.actions, length, config.rl.token_budget, automaton)
+    reward = rewards.weighted_sum(values | of_text, config.reward)
     non_finite = ~jnp.isfinite(reward)
     truncated = tokens.truncated(captions, end_token)
     if automaton is None:
         malformed = jnp.zeros_like(truncated)
     else:
-        length = tokens.content_lengths(captions, end_token)
         malformed = ~rewards.well_formed(captions.actions, length, automaton)
     valid = ~non_finite
     if config.rl.truncated == "mask":

@@ -15,7 +15,6 @@ from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier.model import CellClassifier
-from uae_jax.models.clip.model import CLIP
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.vae import config as vae_config
@@ -73,7 +72,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
             f"have {captioner.config.text.hidden_size}: they are not of one system"
         )
     tower_models = {}
-    for name in dict.fromkeys((*config.reward, *config.monitor)):
+    for name in rewards.tower_names(config):
         if not (where / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {where / name} does not exist")
         tower_models[name] = folder.load_model(where / name, mesh, dtype)
@@ -88,7 +87,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         prompts=diffusion.Prompts.build(tokenizer, config, captioner.config),
         tokenizer=tokenizer,
         allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
-        towers={n: rewards.clip_tower(CLIP(m.config, dtype)) for n, m in tower_models.items()},
+        towers={n: rewards.tower(m.config, dtype) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
         frozen=frozen,

@@ -17,6 +17,10 @@ from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier import model as cell_classifier
 from uae_jax.models.clip import config as clip_config
 from uae_jax.models.clip import weights as clip_weights
+from uae_jax.models.dinov2 import config as dinov2_config
+from uae_jax.models.dinov2 import weights as dinov2_weights
+from uae_jax.models.dinov3 import config as dinov3_config
+from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.projector import model as projector
@@ -24,6 +28,8 @@ from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.siglip import config as siglip_config
+from uae_jax.models.siglip import weights as siglip_weights
 from uae_jax.models.t5 import config as t5_config
 from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
@@ -50,6 +56,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
     "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
     "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
+    "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table),
+    "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table),
+    "DINOv3ViTModel": Architecture(dinov3_config.Config, dinov3_weights.table, dinov3_weights.canonical),
+    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table),
+    "SiglipVisionModel": Architecture(siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision),
     "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, ties=t5_weights.ties),
     "Projector": Architecture(projector.Config, projector.table),
     "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),

@@ -51,7 +51,7 @@ class Layer(nn.Module):
         return x + Dense(config.hidden_size, dtype=self.dtype, name="fc2")(y), before
 
 
-def _layers(config: VisionConfig | TextConfig, dtype: jnp.dtype, inputs: bool = False) -> nn.Module:
+def encoder(config: VisionConfig | TextConfig, dtype: jnp.dtype, inputs: bool = False) -> nn.Module:
     """The tower's layers, scanned: their parameters have a leading layer axis."""
     scanned = nn.scan(
         Layer,
@@ -92,7 +92,7 @@ class VisionTower(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=dtype, name=name)
 
-        x, _ = _layers(config, dtype)(norm("pre_layernorm")(x), None)
+        x, _ = encoder(config, dtype)(norm("pre_layernorm")(x), None)
         return x, norm("post_layernorm")(x[..., 0, :])
 
 
@@ -115,7 +115,7 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", normal, (config.max_position_embeddings, config.hidden_size))
         x = embed(tokens) + positions[:t].astype(dtype)
         # Padding stands behind the end token: the causal mask alone hides it from what is pooled.
-        x, inputs = _layers(config, dtype, inputs=True)(x, jnp.tril(jnp.ones((t, t), bool)))
+        x, inputs = encoder(config, dtype, inputs=True)(x, jnp.tril(jnp.ones((t, t), bool)))
         x = nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=dtype, name="final_layer_norm")(
             x
         )

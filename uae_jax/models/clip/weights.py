@@ -4,17 +4,19 @@ from uae_jax.convert.table import LINEAR, PATCHES, Entry, layers
 from uae_jax.models.clip.config import Config, TextConfig, TextModelConfig, VisionConfig
 
 
-def _norm(path: str, name: str, width: int) -> list[Entry]:
+def norm_entries(path: str, name: str, width: int) -> list[Entry]:
+    """A layer norm."""
     return [Entry(f"{path}/scale", f"{name}.weight", (width,)), Entry(f"{path}/bias", f"{name}.bias", (width,))]
 
 
-def _layers(config: VisionConfig | TextConfig, path: str, prefix: str) -> list[Entry]:
+def layer_entries(config: VisionConfig | TextConfig, path: str, prefix: str) -> list[Entry]:
+    """The layers of a tower (`encoder`), whose names begin with `prefix`."""
     d, ff = config.hidden_size, config.intermediate_size
     shapes = {f"self_attn.{name}": (d, d) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     shapes |= {"mlp.fc1": (ff, d), "mlp.fc2": (d, ff)}
 
     def entry(name: str, leaf: str, suffix: str, shape: tuple[int, ...]) -> Entry:
-        names = layers(f"{prefix}.encoder.layers.{{}}.{name}.{suffix}", range(config.num_hidden_layers))
+        names = layers(f"{prefix}encoder.layers.{{}}.{name}.{suffix}", range(config.num_hidden_layers))
         ours = f"{path}/layers/{name.split('.')[-1]}/{leaf}"
         return Entry(ours, names, shape, LINEAR) if leaf == "kernel" else Entry(ours, names, shape)
 
@@ -39,8 +41,8 @@ def _text(config: TextConfig) -> list[Entry]:
             "text_model.embeddings.position_embedding.weight",
             (config.max_position_embeddings, config.hidden_size),
         ),
-        *_layers(config, "text", "text_model"),
-        *_norm("text/final_layer_norm", "text_model.final_layer_norm", config.hidden_size),
+        *layer_entries(config, "text", "text_model."),
+        *norm_entries("text/final_layer_norm", "text_model.final_layer_norm", config.hidden_size),
     ]
 
 
@@ -63,9 +65,9 @@ def table(config: Config) -> list[Entry]:
             PATCHES,
         ),
         Entry("vision/position_embedding", f"{embeddings}.position_embedding.weight", (1 + vision.num_patches, d)),
-        *_norm("vision/pre_layernorm", "vision_model.pre_layrnorm", d),
-        *_layers(vision, "vision", "vision_model"),
-        *_norm("vision/post_layernorm", "vision_model.post_layernorm", d),
+        *norm_entries("vision/pre_layernorm", "vision_model.pre_layrnorm", d),
+        *layer_entries(vision, "vision", "vision_model."),
+        *norm_entries("vision/post_layernorm", "vision_model.post_layernorm", d),
         *_text(text),
         Entry("visual_projection/kernel", "visual_projection.weight", (config.projection_dim, d), LINEAR),
         _text_projection(text, config.projection_dim),
