@@ -8,7 +8,7 @@ reconstruction is missing or cannot be read counts as 0 and is listed; the offic
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,12 +225,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
-    def line(name: str, mean: float | None, low: float | None, high: float | None, n: int | str) -> str:
-        return f"| {name} | {number(mean)} | {number(low)} to {number(high)} | {n} |"
+    def line(name: str, mean: float | None, ends: Sequence[float | None], n: int | str) -> str:
+        return f"| {name} | {number(mean)} | {number(ends[0])} to {number(ends[1])} | {n} |"
 
     lines = ["| tower | score | 95% interval | images |", "|---|---|---|---|"]
-    lines += [line(name, *(v[k] for k in ("mean", "low", "high", "n"))) for name, v in result["by_tower"].items()]
-    lines.append(line("**overall**", result["overall"], *result["overall_interval"], ""))
+    lines += [line(name, v["mean"], (v["low"], v["high"]), v["n"]) for name, v in result["by_tower"].items()]
+    lines.append(line("**overall**", result["overall"], result["overall_interval"], ""))
     if "against" in result:
         lines += ["", "| difference | points | 95% interval (paired) |", "|---|---|---|"]
         for name, v in result["against"]["difference"].items():

@@ -126,9 +126,10 @@ def read_diffusers(path: Path, table: list[tables.Entry]) -> dict[str, np.ndarra
             (r, inputs), (outputs, again) = pair[0].shape, pair[1].shape
             if (outputs, inputs) != entry.shape or r != again:
                 raise UserError(f"{path}: the adapter of {module} is {outputs}x{inputs}, the layer {entry.shape}")
-            alpha = float(found.pop(f"{module}.alpha", alphas.get(module, alphas.get("", r))))
-            leaves[0][(*index, ..., slice(r))] = pair[0].T
-            leaves[1][(*index, slice(r), slice(None))] = pair[1].T * (alpha / r)
+            stored = found.pop(f"{module}.alpha", None)
+            alpha = alphas.get(module, alphas.get("", r)) if stored is None else float(stored)
+            leaves[0][index][..., :r] = pair[0].T
+            leaves[1][index][:r] = pair[1].T * (alpha / r)
             adapters |= zip(paths(entry.path), leaves, strict=True)
     if found:
         raise UserError(f"{path} does not fit the transformer: unexpected {', '.join(sorted(found)[:5])}")

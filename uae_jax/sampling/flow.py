@@ -5,15 +5,18 @@ into the first. Reference for the schedule: diffusers' FlowMatchEulerDiscreteSch
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Levels = TypeVar("Levels", np.ndarray, jax.Array)
+
 TRAIN_TIMESTEPS = 1000
 
 
-def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+def shifted(sigma: Levels, shift: float) -> Levels:
     """Moves noise levels towards 1 (SD3, arXiv 2403.03206, equation 23)."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 

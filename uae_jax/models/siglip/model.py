@@ -97,7 +97,9 @@ class SigLIP(nn.Module):
     def setup(self) -> None:
         self.vision = VisionTower(self.config.vision, self.dtype)
         if self.config.text is not None:
-            self.text = TextTower(self.config.text, self.config.projection_size, self.dtype)
+            self.text = TextTower(
+                self.config.text, self.config.projection_size or self.config.text.hidden_size, self.dtype
+            )
             self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (1,))
             self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (1,))
 
