@@ -20,6 +20,7 @@ from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae.model import AutoencoderKL
 from uae_jax.sampling import scheduler as schedulers
+from uae_jax.sampling.tokens import Segment, content_lengths
 from uae_jax.umm import Family, Params, caption, decoder, diffusion
 
 
@@ -38,6 +39,12 @@ class System(NamedTuple):
     def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
         """The family's functions; see `diffusion.build`."""
         return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+
+    def reward(self, config: Any, captions: Segment, similarities: dict[str, jax.Array]) -> jax.Array:
+        """The reward [b, g] of captions and their redraws, as the step reckons it."""
+        length = content_lengths(captions, self.prompts.end_token)
+        of_text = rewards.of_text(config.reward, captions.actions, length, config.rl.token_budget, self.automaton)
+        return rewards.weighted_sum(similarities | of_text, config.reward)
 
 
 def weights_folder(config: Any) -> Path:

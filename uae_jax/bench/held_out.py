@@ -64,6 +64,7 @@ class Evaluator:
             out: dict[str, Any] = {"image": redrawn[:, 0]}
             similar = rewards.similarities(system.towers, frozen["towers"], images, redrawn)
             out["towers"] = {name: value[:, 0] for name, value in similar.items()}
+            out["reward"] = system.reward(config, captions, similar)[:, 0]
             if system.judge is not None:
                 logits = apply(system.judge, frozen["judge"], redrawn[:, 0])
                 out["judged"] = {name: value.argmax(-1) for name, value in logits.items()}
@@ -107,20 +108,16 @@ class Evaluator:
         """Captions as tokens and mask [n, t]."""
         return encode_captions(self.system.tokenizer, texts, grammar.LONGEST + 1, self.system.prompts.end_token)
 
-    def reward_of(self, drawn: dict[str, Any]) -> np.ndarray:
-        """The trained reward of each redrawn image [n]."""
-        return np.asarray(rewards.weighted_sum(drawn["towers"], self.config.reward))
-
     def reward_of_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
         """Reward of the images drawn from given captions, of the first images if there are fewer."""
-        return self.reward_of(self.draw(params, *self.encode(texts)))
+        return self.draw(params, *self.encode(texts))["reward"]
 
     def run(self, params: Params) -> Evaluation:
         """All scores of one set of parameters, headlines first; fractions lie in 0..1."""
         tokens, mask, cut = self.write(params)
         texts = decode_captions(self.system.tokenizer, tokens, mask)
         drawn = self.draw(params, tokens, mask)
-        found: Scores = {"reward": each(self.reward_of(drawn))}
+        found: Scores = {"reward": each(drawn["reward"])}
         for name in self.config.monitor[:1]:
             found["reward_second_tower"] = each(drawn["towers"][name])
         found |= {"caption_length": each(mask.sum(1)), "caption_truncated": each(cut)}
@@ -131,7 +128,7 @@ class Evaluator:
         if len(texts) > 1:
             shuffled = np.roll(np.arange(len(texts)), 1)
             other = self.draw(params, tokens[shuffled], mask[shuffled])
-            found["controls/captions_of_other_images"] = each(self.reward_of(other))
+            found["controls/captions_of_other_images"] = each(other["reward"])
         # Headlines, then controls and ceilings, then categories.
         return Evaluation(dict(sorted(found.items(), key=lambda item: item[0].count("/"))), texts)
 
@@ -156,7 +153,7 @@ class Evaluator:
             "background_only": [facts.background_only(s) for s in scenes],
         }
         found: Scores = {
-            "reward_ceiling": each(self.reward_of(best)),
+            "reward_ceiling": each(best["reward"]),
             "complete_length": each(self.encode(complete)[1].sum(1)),
             "caption_recall": everything["recall"],
             "caption_precision": everything["precision"],

@@ -133,7 +133,7 @@ class Gallery:
             captions = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), one, group)
             redrawn = family.redraw(params, frozen, captions, images, jnp.concatenate([keys[:, :1], keys], axis=1))
             values = rewards.similarities(built.towers, frozen["towers"], images, redrawn)
-            return captions.actions, captions.mask, redrawn, rewards.weighted_sum(values, config.reward)
+            return captions.actions, captions.mask, redrawn, built.reward(config, captions, values)
 
         self.roll = roll
 
