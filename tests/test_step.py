@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uae_jax import optimizers, rewards, sharding, step, system
+from uae_jax import rewards, sharding, step, system
 from uae_jax.models.qwen2_5_vl import inputs
 from uae_jax.models.qwen2_5_vl.prompts import expand
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Segment
+from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 from uae_jax.umm import Family
 
@@ -38,7 +39,7 @@ def family_of(config, built, **options):
 
 def make(config, built, mesh=None, towers=None):
     """State and step function of a config."""
-    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
+    state, optimizer = rl.start(config, built)
     function = step.make_step(
         config,
         built.family(config, mesh),
@@ -48,8 +49,6 @@ def make(config, built, mesh=None, towers=None):
         automaton=built.automaton,
         mesh=mesh,
     )
-    params = {"encoder": system.trainable(built.frozen["start"], config.trainable)}
-    state = step.State(jnp.int32(0), jax.random.key(0), params, optimizer.init(params), jnp.int32(0))
     return state, function
 
 

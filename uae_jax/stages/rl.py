@@ -92,7 +92,9 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 def start(config: Any, built: system.System) -> tuple[State, optax.GradientTransformation]:
     """The state before the first update, and the optimizer it belongs to."""
     params = {"encoder": system.trained(built.frozen["start"], config)}
-    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, config.steps))
+    optimizer = optimizers.make(
+        config.optimizer, optimizers.schedule(config.optimizer, config.steps * config.rl.inner_epochs)
+    )
     return State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)), optimizer
 
 
@@ -164,7 +166,7 @@ def record(workdir: Path, when: str, evaluation: Evaluation) -> None:
     with storage.storage_errors(path):
         everything = json.loads(path.read_text()) if path.exists() and when != "before" else {}
     means = scores.nested({name: score.mean for name, score in found.items()})
-    everything[when] = {"images": len(captions), **means, "captions": captions[:16]}
+    everything[when] = {"images": len(captions), "controls": {}, "by_category": {}, **means, "captions": captions[:16]}
     if when == "after" and "before" in everything:
         moved = scores.changes(scores.load(workdir / "eval_before.npz"), found)
         everything["change"] = scores.nested({name: c and c.json() for name, c in moved.items()})
