@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "scikit-image", "ruff", "mypy"]
 EVAL = ["matplotlib", "scikit-image", "tensorboard"]
-TEST = [*EVAL, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 setup(
     name="uae_jax",

@@ -3,7 +3,7 @@
 python -m uae_jax.main --config=configs/tiny.py
 python -m uae_jax.main --config=configs/tiny.py --config.data.source=folder --config.data.path=IMAGES --workdir=DIR
 
-Hardware: two CPU cores. Time: three minutes of training, under six in all on the first run; compiled programs are kept.
+Hardware: two CPU cores. Time: one to three minutes of training, four in all the first time; compiled programs are kept.
 Expected (three seeds, 2,048 held-out scenes each, most likely captions, paired 95% intervals; `python -m
 benchmarks.learns` makes this table, and docs/learns/table.md has all of it, by category):
 

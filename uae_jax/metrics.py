@@ -41,6 +41,16 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     return "".join(_BARS[round(place)] for place in places.tolist())
 
 
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_seconds(lines: Sequence[Mapping[str, Any]], batch_size: int) -> float:
+    """Time spent in training steps, from the images a second of each."""
+    return sum(batch_size / line["throughput/images_per_s"] for line in lines)
+
+
 def _keep_until(path: Path, step: int) -> None:
     """Drops what an interrupted run wrote past `step`, and a line that it did not finish."""
     with storage_errors(path):

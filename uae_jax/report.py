@@ -18,6 +18,7 @@ from uae_jax import pictures, runtime, storage
 from uae_jax.bench import scores
 from uae_jax.bench.scores import Scores
 from uae_jax.errors import UserError
+from uae_jax.metrics import read, trained_seconds
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "", "folder to write to; report/ in the first workdir by default", flag_values=FLAGS)
@@ -38,7 +39,7 @@ class Run(NamedTuple):
     def seconds(self) -> float:
         """Time spent in training steps, compilation included."""
         batch = json.loads((self.workdir / "config.json").read_text())["data"]["batch_size"]
-        return sum(batch / row["throughput/images_per_s"] for row in self.metrics)
+        return trained_seconds(self.metrics, batch)
 
 
 def load(workdir: Path) -> Run:
@@ -49,7 +50,7 @@ def load(workdir: Path) -> Run:
     """
     path = workdir / "metrics.jsonl"
     try:
-        metrics = [json.loads(line) for line in path.read_text().splitlines()]
+        metrics = read(workdir)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): name the workdir of a finished run") from None
     return Run(workdir, metrics, *(scores.load(workdir / f"eval_{when}.npz") for when in ("before", "after")))

@@ -98,18 +98,18 @@ def changes(before: Scores, after: Scores) -> dict[str, Change | None]:
 HEADER = ("", "before", "after", "change", "95% interval")
 
 
-def table(before: Scores, after: Scores) -> list[list[str]]:
-    """Rows under `HEADER`."""
+def table(before: Scores, after: Scores, moved: Mapping[str, Change | None] | None = None) -> list[list[str]]:
+    """Rows under `HEADER`; `moved` are their `changes`, where these are known already."""
 
     def number(value: float | None, sign: str = "") -> str:
         return "-" if value is None or math.isnan(value) else f"{value:{sign}.3f}"
 
     rows = []
-    for name, moved in changes(before, after).items():
+    for name, found in (changes(before, after) if moved is None else moved).items():
         cells = (
             ["-", "-"]
-            if moved is None
-            else [number(moved.mean, "+"), f"{number(moved.low, '+')} to {number(moved.high, '+')}"]
+            if found is None
+            else [number(found.mean, "+"), f"{number(found.low, '+')} to {number(found.high, '+')}"]
         )
         rows.append(
             [

@@ -1,12 +1,16 @@
-"""What the MM-DiTs of SD3 and FLUX share: time sinusoids, adaptive norms, embedders and feed-forward layers."""
+"""What the MM-DiTs of SD3 and FLUX share: config fields, time sinusoids, adaptive norms, embedders, feed-forwards."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax.errors import UserError
 from uae_jax.models.dense import Dense
 
 TIME_CHANNELS = 256
@@ -14,6 +18,24 @@ TIME_CHANNELS = 256
 # Gates, shifts and the head start close to zero (adaLN-Zero, Peebles & Xie 2023), yet far enough from it that a fresh
 # model depends on all of its inputs.
 NEAR_ZERO = nn.initializers.normal(0.02)
+
+
+def diffusers_fields(config: type, class_name: str, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that diffusers' `config.json` holds for a config dataclass; keys beginning with `_` are left out.
+
+    Raises:
+      UserError: it is another model's, or a field is missing or unknown.
+    """
+    name = hf.get("_class_name", class_name)
+    if name != class_name:
+        raise UserError(f"this is a {name} config, not a {class_name} one")
+    values = {key: value for key, value in hf.items() if not key.startswith("_")}
+    fields = dataclasses.fields(config)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    unknown = sorted(values.keys() - {f.name for f in fields})
+    if missing or unknown:
+        raise UserError(f"{class_name} config: missing fields {missing}, unknown fields {unknown}")
+    return values
 
 
 def timestep_embedding(timestep: jax.Array) -> jax.Array:

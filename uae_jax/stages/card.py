@@ -1,6 +1,5 @@
 """The card beside cold-start weights: how they were made, what was used, and how well they do."""
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from uae_jax import sharding, storage, system
 from uae_jax.bench.held_out import Evaluator
 from uae_jax.bench.scores import Scores
 from uae_jax.convert import folder
+from uae_jax.metrics import read, trained_seconds
 from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 
@@ -54,7 +54,8 @@ def write(config: Any, workdir: Path) -> None:
     _, images, scenes = rl.load_data(config)
     evaluation = Evaluator(config, built, mesh, images, scenes).run(STARTING_WEIGHTS)
     seconds = {
-        stage: trained_seconds(workdir / stage, config[stage].batch_size) for stage in ("tower", "captioner", "decoder")
+        stage: trained_seconds(read(workdir / stage), config[stage].batch_size)
+        for stage in ("tower", "captioner", "decoder")
     }
     parts = []
     for name in PARTS:
@@ -83,12 +84,6 @@ def rows(scores: Scores) -> str:
         f"| {name.replace('/', ': ')} | {score.mean:.3f} |" for name, score in scores.items() if score.mean is not None
     ]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def trained_seconds(stage: Path, batch_size: int) -> float:
-    """Training time of a stage, from the images a second of every step in its metrics.jsonl."""
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    return sum(batch_size / json.loads(line)["throughput/images_per_s"] for line in lines)
 
 
 def commit() -> str:

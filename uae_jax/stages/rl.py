@@ -73,9 +73,9 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
             evaluate_start(evaluator, writer)
         writer.message(f"evaluating the end on {len(images)} held-out images")
         evaluation = evaluator.run(state.params)
-        record(workdir, "after", evaluation)
+        moved = record(workdir, "after", evaluation)
         before = scores.load(workdir / "eval_before.npz")
-        writer.table("held-out comparison", scores.HEADER, scores.table(before, evaluation.scores))
+        writer.table("held-out comparison", scores.HEADER, scores.table(before, evaluation.scores, moved))
 
     return Program(
         state=state,
@@ -155,10 +155,10 @@ class Gallery:
         writer.arrays(at, "held_out", source=self.images, redrawn=likeliest, caption=[row[1] for row in captions])
 
 
-def record(workdir: Path, when: str, evaluation: Evaluation) -> None:
+def record(workdir: Path, when: str, evaluation: Evaluation) -> dict[str, scores.Change | None]:
     """Adds an evaluation to workdir/eval.json under `before` or `after`, and image by image to eval_{when}.npz.
 
-    The file's `change` pairs the two: mean difference and its 95% interval for every score.
+    The file's `change` pairs the two: mean difference and its 95% interval for every score, which is also returned.
     """
     found, captions = evaluation
     scores.save(workdir / f"eval_{when}.npz", found)
@@ -167,7 +167,9 @@ def record(workdir: Path, when: str, evaluation: Evaluation) -> None:
         everything = json.loads(path.read_text()) if path.exists() and when != "before" else {}
     means = scores.nested({name: score.mean for name, score in found.items()})
     everything[when] = {"images": len(captions), "controls": {}, "by_category": {}, **means, "captions": captions[:16]}
+    moved: dict[str, scores.Change | None] = {}
     if when == "after" and "before" in everything:
         moved = scores.changes(scores.load(workdir / "eval_before.npz"), found)
         everything["change"] = scores.nested({name: c and c.json() for name, c in moved.items()})
     storage.write_atomic(path, (json.dumps(everything, indent=2) + "\n").encode())
+    return moved

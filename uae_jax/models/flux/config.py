@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uae_jax.errors import UserError
+from uae_jax.models.mmdit import diffusers_fields
 
 CLASS_NAME = "FluxTransformer2DModel"
 # FLUX's pipeline packs squares of this side of the VAE's latents into tokens before its transformer sees them.
@@ -76,15 +77,7 @@ class Config:
         Raises:
           UserError: it is another model's, or a field is missing, unknown or unsupported.
         """
-        name = hf.get("_class_name", CLASS_NAME)
-        if name != CLASS_NAME:
-            raise UserError(f"this is a {name} config, not a {CLASS_NAME} one")
-        values = {key: value for key, value in hf.items() if not key.startswith("_")}
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        unknown = sorted(values.keys() - {f.name for f in fields})
-        if missing or unknown:
-            raise UserError(f"{CLASS_NAME} config: missing fields {missing}, unknown fields {unknown}")
+        values = diffusers_fields(cls, CLASS_NAME, hf)
         if "axes_dims_rope" in values:
             values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
         return cls(**values)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uae_jax.errors import UserError
+from uae_jax.models.mmdit import diffusers_fields
 
 CLASS_NAME = "SD3Transformer2DModel"
 
@@ -81,15 +82,7 @@ class Config:
         Raises:
           UserError: it is another model's, or a field is missing or unknown.
         """
-        name = hf.get("_class_name", CLASS_NAME)
-        if name != CLASS_NAME:
-            raise UserError(f"this is a {name} config, not a {CLASS_NAME} one")
-        values = {key: value for key, value in hf.items() if not key.startswith("_")}
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        unknown = sorted(values.keys() - {f.name for f in fields})
-        if missing or unknown:
-            raise UserError(f"{CLASS_NAME} config: missing fields {missing}, unknown fields {unknown}")
+        values = diffusers_fields(cls, CLASS_NAME, hf)
         if values["out_channels"] is None:
             values["out_channels"] = values["in_channels"]
         values["dual_attention_layers"] = tuple(values.get("dual_attention_layers") or ())
