@@ -60,7 +60,7 @@ def test_two_passes_give_what_one_of_twice_the_batch_gives():
     one = drawn(mask)
     np.testing.assert_allclose(drawn(mask, two_passes=True), one, rtol=0, atol=1e-5)
     np.testing.assert_allclose(drawn(None), one, rtol=0, atol=1e-5)
-    assert np.abs(drawn(mask, distilled_guidance=1.0) - one).max() > 1e-5
+    assert np.abs(drawn(mask, distilled_guidance=1.0) - one).max() > 1e-4
     conditional = decoder.draw_step(model, {"transformer": params, "pooled": pooled}, x, text[0], 0.5, mask[0], 1.0)
     other = drawn(mask, guidance=1.0 + 1e-6)
     np.testing.assert_allclose(other, conditional, rtol=0, atol=1e-4)

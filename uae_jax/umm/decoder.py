@@ -84,7 +84,7 @@ def draw_step(
     """One call of the MM-DiT: latents [..., h, w, c], text [..., s, d], mask bool [..., s] -> like latents.
 
     Args:
-      frozen: `transformer` and `pooled` [p], the constant pooled condition.
+      frozen: `transformer` and `pooled` [p], the constant pooled condition (or [..., p], one a sample).
       sigma: noise level 0..1, a scalar or [...], which the model knows as a timestep 0..1000.
       distilled_guidance: scale that a FLUX with guidance_embeds is told; no other model reads it.
     """
@@ -117,8 +117,10 @@ def guided_step(
     if settings.guidance == 1.0:
         return draw_step(model, frozen, x, text, sigma, mask, distilled)
     if settings.two_passes:
+        pooled = jnp.broadcast_to(frozen["pooled"], (*text.shape[:-2], frozen["pooled"].shape[-1]))
         both = jax.lax.map(
-            lambda branch: draw_step(model, frozen, x, branch[0], sigma, branch[1], distilled), (text, mask)
+            lambda branch: draw_step(model, frozen | {"pooled": branch[2]}, x, branch[0], sigma, branch[1], distilled),
+            (text, mask, pooled),
         )
     else:
         both = draw_step(model, frozen, jnp.broadcast_to(x, (2, *x.shape)), text, sigma, mask, distilled)
