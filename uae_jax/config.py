@@ -126,7 +126,12 @@ def decoder() -> Any:
     c = ConfigDict()
     c.steps = 10000
     c.batch_size = 64  # pairs a step, over all devices
-    c.trainable = r"projector/.*"  # regex over projector/... and transformer/...; next r"(projector|transformer)/.*"
+    # Regex over projector/... and transformer/...; next r"(projector|transformer)/.*". "": adapters alone.
+    c.trainable = r"projector/.*"
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters of the decoder, trained beside `trainable`; 0: none
+    c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
+    c.lora.target = r"transformer/\w*block.*"  # regex as above: kernels that get an adapter
     c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
     c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
     c.level_mean = 0.0  # noise levels are sigmoid(mean + std n) ...
@@ -149,6 +154,9 @@ def _validate_pairs(c: ConfigDict) -> None:
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
     for field in ("dropout", "ema"):
         _require(0 <= d[field] < 1, f"decoder.{field}", d[field], "must lie from 0 to below 1")
+    _require(bool(d.trainable) or d.lora.rank > 0, "decoder.trainable", d.trainable, "without adapters, nothing learns")
+    _require(d.lora.rank >= 0, "decoder.lora.rank", d.lora.rank, "must not be negative; 0 trains without adapters")
+    _require(d.lora.alpha > 0, "decoder.lora.alpha", d.lora.alpha, "must be above 0")
     for field in ("level_std", "shift"):
         _require(d[field] >= 0, f"decoder.{field}", d[field], "must not be negative")
 
@@ -243,7 +251,7 @@ def validate(c: ConfigDict) -> None:
     )
     patterns = [("trainable", c.trainable), ("lora.target", c.lora.target)]
     if c.data.source == "jsonl":
-        patterns.append(("decoder.trainable", c.decoder.trainable))
+        patterns += [("decoder.trainable", c.decoder.trainable), ("decoder.lora.target", c.decoder.lora.target)]
     for field, pattern in patterns:
         try:
             re.compile(pattern)

@@ -18,6 +18,7 @@ from uae_jax.convert import folder, pooled
 from uae_jax.data.text import encode_captions
 from uae_jax.errors import UserError
 from uae_jax.models.clip.model import CLIPText
+from uae_jax.models.flux import config as flux_config
 from uae_jax.models.t5.model import T5Encoder
 from uae_jax.models.vae.model import AutoencoderKL
 from uae_jax.sampling import scheduler
@@ -72,7 +73,9 @@ def by_system(
       UserError: this system draws only what it has written with a picture in view.
     """
     if config.condition_source != "text":
-        raise UserError("--from_text: config.condition_source = 'in_context' conditions on a picture, here there is none")
+        raise UserError(
+            "--from_text: config.condition_source = 'in_context' conditions on a picture, here there is none"
+        )
     family = built.family(config)
     most = max(len(encoding.ids) for encoding in built.tokenizer.encode_batch(list(longest), add_special_tokens=False))
     length = max(config.rl.max_tokens, most + 1)
@@ -107,7 +110,7 @@ def load_host(pipeline: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[hos
     dtype = jnp.dtype(config.dtype)
     t5, t5_tokenizer, _ = host.T5[kind]
     towers = dict(pooled.TOWERS[kind])
-    if (pipeline / t5).is_dir() or kind != "SD3Transformer2DModel":
+    if (pipeline / t5).is_dir() or kind == flux_config.CLASS_NAME:
         towers[t5] = t5_tokenizer
     names = [*towers, "transformer", "vae"]
     models = {name: folder.load_model(pipeline / name, mesh, dtype) for name in names}
@@ -134,7 +137,11 @@ def load_host(pipeline: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[hos
         "T5": (models[t5].config.d_model if found.t5 else reads.joint_attention_dim, reads.joint_attention_dim),
         "latent": (found.vae.config.latent_channels, decoder.channels(found.transformer)),
     }
-    wrong = [f"{name} channels: {has}, the transformer reads {wants}" for name, (has, wants) in widths.items() if has != wants]
+    wrong = [
+        f"{name} channels: {has}, the transformer reads {wants}"
+        for name, (has, wants) in widths.items()
+        if has != wants
+    ]
     if not found.flux and sum(c.text.hidden_size for _, c in clips) > reads.joint_attention_dim:
         wrong.append(f"CLIP channels: more than the {reads.joint_attention_dim} that the transformer reads")
     if wrong:
@@ -144,13 +151,14 @@ def load_host(pipeline: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[hos
 
 def tokens(found: host.Host, tokenizers: dict[str, Any], prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Ids int32 [n, t] of prompts for every tower, padded and cut to what the pipeline hands it."""
-    kind = "FluxTransformer2DModel" if found.flux else "SD3Transformer2DModel"
+    t5, _, t5_length = host.T5[found.kind]
     lengths = {name: tower.config.text.max_position_embeddings for name, tower in found.clips}
     if found.t5 is not None:
-        lengths[host.T5[kind][0]] = host.T5[kind][2]
+        lengths[t5] = t5_length
     return {
         name: np.asarray(
-            tokenizers[name](list(prompts), padding="max_length", max_length=length, truncation=True).input_ids, np.int32
+            tokenizers[name](list(prompts), padding="max_length", max_length=length, truncation=True).input_ids,
+            np.int32,
         )
         for name, length in lengths.items()
     }

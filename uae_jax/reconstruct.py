@@ -1,7 +1,7 @@
 """Captions and redraws image files, or draws prompts.
 
     python -m uae_jax.reconstruct --workdir=DIR|--config=FILE IMAGE...
-    python -m uae_jax.reconstruct --workdir=DIR|--config=FILE --from_text=PROMPTS [--samples=N] [--baseline=PIPELINE_DIR]
+    python -m uae_jax.reconstruct --workdir=DIR|--config=FILE --from_text=PROMPTS [--samples=N] [--baseline=PIPELINE]
 
 The weights are a run's newest (--workdir), or those in a config's folder as they are (--config, with
 --config.weights=DIR and other fields as in training).
@@ -10,9 +10,9 @@ The first form prints each caption with its scores and writes a side-by-side pic
 reconstructions.png in the workdir). The most likely caption, unless --temperature is above 0: then a caption depends on
 its image and --seed alone.
 
-The second draws every line of a file (text, or .jsonl with "prompt") into a folder of GenEval's layout (--out, by default
-from_text, or baseline, in the workdir). With --baseline the pictures are those of a diffusers pipeline of SD3 or FLUX,
-drawn by its own text encoders and decoder: what the system is to be compared with, at the same size, steps and guidance.
+The second draws every line of a file (text, or .jsonl with "prompt") into a folder of GenEval's layout (--out, by
+default from_text, or baseline, in the workdir). With --baseline a folder of diffusers draws, SD3 or FLUX by its own
+text encoders: what the system is to be compared with, at the same size, steps and guidance.
 """
 
 import json
@@ -33,7 +33,7 @@ config_flags.DEFINE_config_file(
     "config", None, "instead of a workdir: a config file, for weights as they are", lock_config=True, flag_values=FLAGS
 )
 flags.DEFINE_string("out", "", "the picture, or with --from_text the folder, to write", flag_values=FLAGS)
-flags.DEFINE_string("from_text", "", "file of prompts to draw: text, or .jsonl with \"prompt\"", flag_values=FLAGS)
+flags.DEFINE_string("from_text", "", 'file of prompts to draw: text, or .jsonl with "prompt"', flag_values=FLAGS)
 flags.DEFINE_integer("samples", None, "pictures of each prompt, 1 by default", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("baseline", "", "diffusers pipeline that draws the prompts by itself", flag_values=FLAGS)
 flags.DEFINE_float("temperature", None, "of captions; 0: the most likely token", lower_bound=0, flag_values=FLAGS)
@@ -141,7 +141,12 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
 
 
 def draw_prompts(
-    workdir: Path | None, file: Path, out: Path, samples: int, config: Any = None, baseline: Path | None = None,
+    workdir: Path | None,
+    file: Path,
+    out: Path,
+    samples: int,
+    config: Any = None,
+    baseline: Path | None = None,
     seed: int | None = None,
 ) -> None:
     """Draws the prompts of a file into the folder `out`; see `from_text`.

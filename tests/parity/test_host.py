@@ -1,18 +1,13 @@
 """The hosts' own text -> image against diffusers' pipelines, from prompts to latents and to pictures on disk."""
 
-import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from uae_jax import from_text, reconstruct, sharding
-from uae_jax.errors import UserError
-from uae_jax.umm import decoder, host
+from uae_jax import from_text, sharding
+from uae_jax.umm import host
 
 torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="pip install '.[parity]'")

@@ -52,7 +52,8 @@ def word_tokenizer(words, start, end, pad, length):
         single=" ".join([*start, "$A", *end]), special_tokens=[*start.items(), *end.items()]
     )
     names = {"eos_token": next(iter(end)), "pad_token": next(iter(pad))}
-    names |= {"bos_token": name for name in start}
+    if start:
+        names["bos_token"] = next(iter(start))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names)
 
 
@@ -126,14 +127,10 @@ def projector_of(out, activation="gelu"):
     return projector.Config(WIDTH, 48, out, activation=activation), params
 
 
-def write(where, kind, **changes):
-    """A run's folder with where/weights; returns its config."""
+def write_tower(path):
+    """CLIP of one layer, as transformers saves it."""
     import transformers
 
-    weights = where / "weights"
-    write_captioner(weights / "captioner")
-    convert.main(["", "import", str(write_pipeline(where / "pipeline", kind)), str(weights)])
-    folder.save_model(weights / "projector", *projector_of(JOINT[kind], "gelu" if kind == "sd3" else "silu"))
     towers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = transformers.CLIPModel(
         transformers.CLIPConfig(
@@ -143,7 +140,16 @@ def write(where, kind, **changes):
         )
     )
     redraw(clip)
-    clip.save_pretrained(weights / "clip")
+    clip.save_pretrained(path)
+
+
+def write(where, kind, **changes):
+    """A run's folder with where/weights; returns its config."""
+    weights = where / "weights"
+    write_captioner(weights / "captioner")
+    convert.main(["", "import", str(write_pipeline(where / "pipeline", kind)), str(weights)])
+    folder.save_model(weights / "projector", *projector_of(JOINT[kind], "gelu" if kind == "sd3" else "silu"))
+    write_tower(weights / "clip")
     run = tiny.config(
         weights,
         data__source="folder",

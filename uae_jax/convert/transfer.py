@@ -70,7 +70,9 @@ def copy_model(source: Path, target: Path, trained: Trained = NOTHING, shard_byt
 
 
 def export_adapter(source: Path, target: Path, trained: Trained) -> str:
-    """Writes the adapters of a run that started from the model folder `source` as a PEFT folder `target`.
+    """Writes the adapters of a run that started from the model folder `source` to the new folder `target`.
+
+    Those of a captioner as PEFT does, those of a DiT as diffusers does.
 
     Returns:
       A line that says what was written. Raises UserError as `copy_model` does, and where there are no adapters.
@@ -81,9 +83,12 @@ def export_adapter(source: Path, target: Path, trained: Trained) -> str:
     if whole or not trained.shapes:
         raise UserError("--adapter: this run trained whole parameters, no adapters: export it without --adapter")
     with storage.new_folder(target) as partial:
-        count = lora.write_adapter(
-            partial, found.table, trained.shapes, trained.read, trained.alpha, str(source.resolve())
-        )
+        if found.architecture in pooled.TOWERS:
+            count = lora.write_diffusers(partial, found.table, trained.shapes, trained.read, trained.alpha)
+        else:
+            count = lora.write_adapter(
+                partial, found.table, trained.shapes, trained.read, trained.alpha, str(source.resolve())
+            )
     return f"adapters of {count} linear layers"
 
 

@@ -3,7 +3,7 @@
 The paper's first stage: conditional flow matching in the VAE's latents, noise levels logit-normal and then shifted
 (SD3, arXiv 2403.03206), the captioner frozen, a share of captions dropped so that guidance has an unconditional branch.
 `config.decoder.trainable` says which part learns: first the projector alone, then, from the weights that run wrote,
-projector and transformer.
+projector and transformer; `config.decoder.lora` adds adapters, whose products are merged into what is written.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from uae_jax import optimizers, system
+from uae_jax import lora, optimizers, system
 from uae_jax.convert import folder, transfer
 from uae_jax.data import pairs
 from uae_jax.errors import UserError
@@ -56,7 +56,9 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     def loss(params: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         latent_key, noise_key, level_key = jax.random.split(key, 3)
         clean = decoder.latents_from_pixels(batch["image"], modules.vae, frozen.get("vae"), latent_key)
-        weights = diffusion.merge({name: frozen[name] for name in (*PARTS, "pooled")}, params)
+        weights = diffusion.merge(
+            {name: frozen[name] for name in (*PARTS, "pooled")}, lora.scaled(params, settings.lora.alpha)
+        )
         ids, mask = diffusion.captions_as_text(
             batch["tokens"], batch["length"], prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
         )
@@ -74,7 +76,11 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         value = ((prediction - target) ** 2).mean()
         return value, {"loss": value, "caption/length": batch["length"].mean()}
 
-    params = system.trainable({name: frozen[name] for name in PARTS}, settings.trainable)
+    parts = {name: frozen[name] for name in PARTS}
+    params: Params = system.trainable(parts, settings.trainable) if settings.trainable else {}
+    if settings.lora.rank:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params = diffusion.merge(params, lora.initial(parts, settings.lora.rank, settings.lora.target, key))
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
     state = coldstart.initial_state(jax.random.key(config.seed), params, optimizer)
     if settings.ema:
@@ -82,7 +88,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
     def finish(state: State, writer: Any) -> None:
         learnt = state.ema if settings.ema else state.params
-        write_weights(where, workdir / "weights", jax.device_get(learnt))
+        write_weights(where, workdir / "weights", jax.device_get(learnt), settings.lora.alpha)
         writer.message(f"wrote {workdir / 'weights'}")
 
     return Program(
@@ -107,11 +113,12 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     )
 
 
-def write_weights(source: Path, target: Path, learnt: Params) -> None:
+def write_weights(source: Path, target: Path, learnt: Params, alpha: float) -> None:
     """A folder of weights: projector and transformer with what was learnt, links to all else that `source` holds.
 
     Args:
-      learnt: {part: {...}}, leaves of the parts' parameters.
+      learnt: {part: {...}}, leaves of the parts' parameters, and adapters.
+      alpha: of the adapters.
     """
     shutil.rmtree(target, ignore_errors=True)  # of the same run, which has been continued
     target.mkdir(parents=True)
@@ -121,4 +128,4 @@ def write_weights(source: Path, target: Path, learnt: Params) -> None:
     for name in PARTS:
         leaves = {k: np.asarray(x) for k, x in traverse_util.flatten_dict(learnt.get(name, {}), sep="/").items()}
         shapes = {path: x.shape for path, x in leaves.items()}
-        transfer.copy_model(source / name, target / name, transfer.Trained(shapes, leaves.__getitem__, 1.0))
+        transfer.copy_model(source / name, target / name, transfer.Trained(shapes, leaves.__getitem__, alpha))

@@ -52,6 +52,11 @@ class Host:
         """FLUX, not SD3."""
         return isinstance(self.transformer, FluxTransformer)
 
+    @property
+    def kind(self) -> str:
+        """The transformer's class in diffusers."""
+        return flux_config.CLASS_NAME if self.flux else sd3_config.CLASS_NAME
+
 
 def conditions(host: Host, params: Params, ids: Tokens) -> tuple[jax.Array, jax.Array]:
     """What the MM-DiT reads of prompts: text [..., s, joint_attention_dim] and pooled [..., pooled_projection_dim].
@@ -62,7 +67,7 @@ def conditions(host: Host, params: Params, ids: Tokens) -> tuple[jax.Array, jax.
     """
     hidden, vectors = zip(*(apply(tower, params[name], ids[name]) for name, tower in host.clips), strict=True)
     pooled = jnp.concatenate(vectors, axis=-1)
-    name, _, length = T5[flux_config.CLASS_NAME if host.flux else sd3_config.CLASS_NAME]
+    name, _, length = T5[host.kind]
     width = host.transformer.config.joint_attention_dim
     if host.t5 is None:
         states = jnp.zeros((*pooled.shape[:-1], length, width), pooled.dtype)
@@ -94,8 +99,8 @@ def latents(host: Host, params: Params, ids: Tokens, negative: Tokens, noise: ja
     guided = settings.guidance != 1.0 and not host.flux
     if guided:
         # On a new leading axis: conditional, unconditional.
-        other = conditions(host, params, negative)
-        text, pooled = (jnp.stack([x, jnp.broadcast_to(y, x.shape)]) for x, y in zip((text, pooled), other, strict=True))
+        pairs = zip((text, pooled), conditions(host, params, negative), strict=True)
+        text, pooled = (jnp.stack([x, jnp.broadcast_to(y, x.shape)]) for x, y in pairs)
     g = noise.shape[1]
     text = jnp.repeat(text[..., None, :, :], g, axis=-3)
     frozen = {"transformer": params["transformer"], "pooled": jnp.repeat(pooled[..., None, :], g, axis=-2)}
