@@ -169,13 +169,15 @@ def by_host(config: Any, pipeline: Path, mesh: jax.sharding.Mesh) -> Draw:
     found, params, tokenizers = load_host(pipeline, config, mesh)
     size = config.data.image_size
     shape = decoder.latent_shape(found.transformer, found.vae, size, size)
+    decoder.check_tile(found.vae, config.redraw.tile_vae)
     negative = {name: ids[0] for name, ids in tokens(found, tokenizers, [""]).items()}
 
     @jax.jit
     def run(params: Params, ids: host.Tokens, keys: jax.Array) -> jax.Array:
         noise = decoder.initial_noise(keys, shape, same=False)
         drawn = host.latents(found, params, ids, negative, noise, config.redraw)
-        return decoder.pixels_from_latents(drawn, found.vae, params["vae"], config.redraw.slice_vae)
+        pieces = config.redraw.slice_vae, config.redraw.tile_vae
+        return decoder.pixels_from_latents(drawn, found.vae, params["vae"], *pieces)
 
     def draw(prompts: list[str], keys: jax.Array) -> np.ndarray:
         return jax.device_get(run(params, sharding.place_batch(tokens(found, tokenizers, prompts), mesh), keys))

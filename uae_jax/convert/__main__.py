@@ -6,7 +6,8 @@
 `import` checks a downloaded folder and copies it: OUT_DIR is one model's folder, such as WEIGHTS_DIR/captioner where
 config.weights = WEIGHTS_DIR. Of a whole diffusers pipeline OUT_DIR is WEIGHTS_DIR, to which transformer/, vae/ and
 scheduler/ are added; its text encoders are read for the pooled vector of an empty prompt.
-`--lora` merges an adapter of the transformer, as diffusers saves it.
+Of UniWorld-V1's bundle it is WEIGHTS_DIR too, into which FLUX.1-dev has been imported: captioner/ and projector/ are
+added, and its transformer/ takes FLUX's place. `--lora` merges an adapter of the transformer, as diffusers saves it.
 
 `export` writes a folder that transformers loads: of an imported model, of the captioner in a folder of weights, or of
 the captioner that a run has trained (its newest checkpoint over the weights it started from, adapters merged). Of stage

@@ -173,6 +173,12 @@ def write(
     return names
 
 
+def one(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A whole safetensors file."""
+    specs = {name: Spec(x.dtype, x.shape) for name, x in tensors.items()}
+    return b"".join([_header(specs, {}), *(np.ascontiguousarray(x).tobytes() for x in tensors.values())])
+
+
 def _split(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0

@@ -91,7 +91,8 @@ def write_diffusers(
     Raises:
       UserError: an adapter is of a kernel that is no linear layer there (the patch embedding).
     """
-    others = [e.path for e in table if e.transform is not tables.LINEAR and paths(e.path)[0] in adapters]
+    kernels = [e for e in table if e.path.endswith("/kernel") and paths(e.path)[0] in adapters]
+    others = [e.path for e in kernels if e.transform is not tables.LINEAR]
     if others:
         raise UserError(
             f"--adapter: {', '.join(others)}: no linear layer in diffusers: export merged, without --adapter"

@@ -65,7 +65,7 @@ def copy_model(source: Path, target: Path, trained: Trained = NOTHING, shard_byt
     }
     with storage.new_folder(target) as partial:
         names = files.write(partial, specs, _tensors(found, trained), found.stem, shard_bytes)
-        _copy_companions(source, partial)
+        copy_companions(source, partial)
     return f"{found.architecture}, {len(specs)} tensors in {len(names)} file{'s'[: len(names) > 1]}"
 
 
@@ -131,7 +131,8 @@ def _tensors(found: folder.Checkpoint, trained: Trained) -> Iterator[tuple[str, 
                 yield written, tensor
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what lies beside the weights of a model folder: configs, tokenizer, processors, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANIONS or path.name.startswith(_NAMES)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from uae_jax import lora, optimizers, system
+from uae_jax import lora, optimizers, sharding, system
 from uae_jax.convert import folder, transfer
-from uae_jax.data import pairs
+from uae_jax.data import latents, pairs
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from uae_jax.models.vae.model import AutoencoderKL
 from uae_jax.sampling import flow
 from uae_jax.stages import Program, coldstart
 from uae_jax.step import Metrics, State
@@ -41,6 +42,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         raise UserError(f"config.weights = {str(where)!r} is where this run writes its own: choose another --workdir")
     settings = config.decoder
     dtype = jnp.dtype(config.dtype)
+    source = read(config)
     captioner = folder.load_model(where / "captioner", mesh, dtype)
     tokenizer = system.load_tokenizer(where / "captioner")
     drawn_by, frozen = system.load_decoder(where, config, mesh)
@@ -55,7 +57,11 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
     def loss(params: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         latent_key, noise_key, level_key = jax.random.split(key, 3)
-        clean = decoder.latents_from_pixels(batch["image"], modules.vae, frozen.get("vae"), latent_key)
+        if "moments" in batch:
+            assert modules.vae is not None
+            clean = decoder.latents_from_moments(batch["moments"], modules.vae, latent_key)
+        else:
+            clean = decoder.latents_from_pixels(batch["image"], modules.vae, frozen.get("vae"), latent_key)
         weights = diffusion.merge(
             {name: frozen[name] for name in (*PARTS, "pooled")}, lora.scaled(params, settings.lora.alpha)
         )
@@ -96,7 +102,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         frozen=frozen,
         step=coldstart.supervised_step(loss, optimizer, settings.ema),
         batches=pairs.PairBatches(
-            pairs.read_pairs(config.data.path),
+            source,
             tokenizer,
             image_size=size,
             batch_size=settings.batch_size,
@@ -105,12 +111,43 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
             dropout=settings.dropout,
             negative=prompts.negative,
             seed=config.seed,
+            latents=kept(config, where / "vae", modules.vae, frozen.get("vae"), source, mesh),
         ),
         steps=settings.steps,
         columns={"loss": ("loss", ".4f"), "caption/length": ("length", ".1f")},
         evaluate=lambda state, writer: {},
         finish=finish,
     )
+
+
+def read(config: Any) -> pairs.Pairs:
+    """The pairs that `config.data` names."""
+    if config.data.source == "jsonl":
+        return pairs.read_pairs(config.data.path)
+    settings = config.decoder
+    return pairs.TfdsPairs(config.data.path, settings.split, settings.image_key, settings.caption_key)
+
+
+def kept(
+    config: Any, where: Path, vae: AutoencoderKL | None, params: Params, source: pairs.Pairs, mesh: jax.sharding.Mesh
+) -> latents.Latents | None:
+    """The pictures' Gaussians in `config.decoder.latents`, encoded first if it has not got them; None without a folder.
+
+    Raises:
+      UserError: there is no VAE, or see `latents.cached`.
+    """
+    if not config.decoder.latents:
+        return None
+    if vae is None:
+        raise UserError(f"config.decoder.latents = {config.decoder.latents!r}: there is no {where} to encode with")
+    size = config.data.image_size
+    place = Path(config.decoder.latents) / latents.key(where, config.dtype, size, latents.identity(source))
+    compiled = jax.jit(lambda p, x: decoder.moments_from_pixels(x.astype(jnp.float32) / 255.0, vae, p))
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        return jax.device_get(compiled(params, sharding.place_batch({"image": images}, mesh)["image"]))
+
+    return latents.cached(place, source, size, encode, config.decoder.batch_size)
 
 
 def write_weights(source: Path, target: Path, learnt: Params, alpha: float) -> None:

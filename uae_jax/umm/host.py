@@ -80,7 +80,7 @@ def conditions(host: Host, params: Params, ids: Tokens) -> tuple[jax.Array, jax.
     return jnp.concatenate([clip, states], axis=-2), pooled
 
 
-def noise_levels(host: Host, steps: int, shape: tuple[int, int, int]) -> np.ndarray:
+def noise_levels(host: Host, steps: int, shape: tuple[int, ...]) -> np.ndarray:
     """Noise levels [steps + 1] for latents of (h, w, c), spaced as the pipeline spaces them."""
     tokens = shape[0] * shape[1] // decoder.patch(host.transformer) ** 2
     return host.scheduler.sigmas(steps, "uniform" if host.flux else "diffusers", tokens)
