@@ -79,7 +79,7 @@ def test_every_part_is_that_of_the_bundle(parts, capsys):
     ],
 )
 def test_what_does_not_fit_is_one_line_and_writes_nothing(parts, change, said):
-    found, where = parts
+    _, where = parts
     source = where / "bundle"
     config = json.loads((source / "config.json").read_text())
     raw = {name: np.array(x) for name, x in bundle.files.map_tensors(bundle.files.read_headers(source)[1]).items()}

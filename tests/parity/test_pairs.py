@@ -117,11 +117,12 @@ def test_projector_learns_and_its_average_is_written(file, tmp_path):
     c = decoder_config(tmp_path / "run", file)
     configs.validate(c)
     program = build.build("decoder", c, tmp_path / "work", sharding.make_mesh(c))
-    state, history = program.state, [jax.device_get(program.state.params)]
+    state, history, losses = program.state, [jax.device_get(program.state.params)], []
     run = jax.jit(program.step)
     for i in range(2):
         state, metrics = run(state, program.frozen, {k: jax.numpy.asarray(v) for k, v in program.batches[i].items()})
         assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+        losses.append(float(metrics["loss"]))
         history.append(jax.device_get(state.params))
     assert set(history[0]) == {"projector"}
     mean = jax.tree.map(lambda a, b, c: 0.25 * a + 0.25 * b + 0.5 * c, *history)
@@ -135,6 +136,14 @@ def test_projector_learns_and_its_average_is_written(file, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert (written / "transformer" / pooled.FILE).is_file()
     assert (written / "captioner" / "config.json").is_file()
+
+    # the same with the pictures encoded once
+    c.unlock().decoder.latents = str(tmp_path / "kept")
+    program = build.build("decoder", c.lock(), tmp_path / "work", sharding.make_mesh(c))
+    batch = {k: jax.numpy.asarray(v) for k, v in program.batches[0].items()}
+    assert "image" not in batch and batch["moments"].shape == (2, 16, 16, 8)
+    _, metrics = jax.jit(program.step)(program.state, program.frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], losses[0], rtol=0, atol=1e-4)
 
 
 def test_adapters_of_the_transformer_go_out_merged_and_as_diffusers_saves_them(file, tmp_path):

@@ -86,6 +86,8 @@ def write_diffusers(
 ) -> int:
     """Writes the adapters of a DiT as `load_lora_weights` of its pipeline, and `read_diffusers`, read them.
 
+    alpha / r is multiplied into lora_B, and the alpha that is noted is r: so a reader without the note is right too.
+
     Arguments and result are those of `write_adapter`.
 
     Raises:
@@ -97,8 +99,9 @@ def write_diffusers(
         raise UserError(
             f"--adapter: {', '.join(others)}: no linear layer in diffusers: export merged, without --adapter"
         )
-    found = _torch_pairs(table, adapters, read)
-    note = {"r": rank_of(found), "lora_alpha": alpha, "target_modules": list(found)}
+    found = {name: (a, b * np.float32(alpha / len(a))) for name, (a, b) in _torch_pairs(table, adapters, read).items()}
+    rank = rank_of(found)
+    note = {"r": rank, "lora_alpha": rank, "target_modules": list(found)}
     note = {f"transformer.{name}": value for name, value in note.items()}
     _write_pairs(folder, found, "transformer.", DIFFUSERS_STEM, {_NOTE: json.dumps(note)})
     return len(found)
