@@ -46,7 +46,7 @@ def configs(raw: dict[str, Any], where: Path) -> dict[str, dict[str, Any]]:
             f"{tower.get('denoise_projector_type')!r} is not known; flux or sd3 with mlp2x_gelu is"
         )
     width = tower.get("output_hidden_size", 4096)
-    hidden = (raw.get("text_config") or raw).get("hidden_size") or tower.get("input_hidden_size")
+    hidden = int((raw.get("text_config") or raw).get("hidden_size") or tower.get("input_hidden_size", 0))
     captioner = {name: value for name, value in raw.items() if name != "denoise_tower"}
     return {
         # Its class calls itself mlp2x_gelu, and is built with a SiLU.
