@@ -69,7 +69,8 @@ def test_diffusers_loads_what_is_written(adapted, tmp_path):
     pytest.importorskip("peft", reason="pip install peft")
     reference, entries, flat, ours, output = adapted
     lora.write_diffusers(tmp_path, entries, flat, flat.__getitem__, ALPHA)
-    reference.load_lora_adapter(tmp_path, weight_name=f"{lora.DIFFUSERS_STEM}.safetensors", prefix="transformer")
+    name = f"{lora.DIFFUSERS_STEM}.safetensors"
+    reference.load_lora_adapter(tmp_path, weight_name=name, prefix="transformer", adapter_name="default")
     np.testing.assert_allclose(ours, output(), rtol=0, atol=1e-4)
     # ... and what it writes itself is read
     reference.save_lora_adapter(tmp_path / "theirs", weight_name="x.safetensors")
