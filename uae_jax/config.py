@@ -73,9 +73,7 @@ def default() -> ConfigDict:
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
     c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
     c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
-    c.redraw.tile_vae = (
-        0  # ... and in blended tiles of so many pixels a side, as diffusers (512): no longer the same; 0: whole
-    )
+    c.redraw.tile_vae = 0  # ... in blended tiles of so many pixels a side, as diffusers does (512); 0: as a whole
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
     # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
@@ -85,11 +83,9 @@ def default() -> ConfigDict:
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
     c.data = ConfigDict()
-    # shapes (rendered scenes), folder (your own images); with captions, for stage decoder: jsonl, tfds
-    c.data.source = "shapes"
-    # The folder; the file of {"image": path, "caption": text}, a line each; the folder DATASET/VERSION that TFDS has
-    # prepared as array_record.
-    c.data.path = ""
+    c.data.source = "shapes"  # shapes (rendered scenes), folder (your images); captioned, stage decoder: jsonl, tfds
+    # The file holds {"image": path, "caption": text}, a line each; TFDS' folder is DATASET/VERSION, as array_record.
+    c.data.path = ""  # the folder, the file, or TFDS' folder
     c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
     c.data.batch_size = 8  # images a step, over all devices
     c.data.max_objects = 4  # shapes: objects in a scene
@@ -133,8 +129,7 @@ def decoder() -> Any:
     c = ConfigDict()
     c.steps = 10000
     c.batch_size = 64  # pairs a step, over all devices
-    # Regex over projector/... and transformer/...; next r"(projector|transformer)/.*". "": adapters alone.
-    c.trainable = r"projector/.*"
+    c.trainable = r"projector/.*"  # regex over projector/..., transformer/...; "": adapters alone
     c.lora = ConfigDict()
     c.lora.rank = 0  # of low-rank adapters of the decoder, trained beside `trainable`; 0: none
     c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
