@@ -44,6 +44,7 @@ WRONG = [
     ({"redraw.spacing": "karras"}, "redraw.spacing"),
     ({"redraw.prediction": "noise"}, "redraw.prediction"),
     ({"redraw.steps": 0}, "redraw.steps"),
+    ({"redraw.tile_vae": -8}, "redraw.tile_vae"),
     ({"redraw.shift": 0.0}, "redraw.shift"),
     ({"redraw.distilled_guidance": -1.0}, "redraw.distilled_guidance"),
     ({"data.source": "imagenet"}, "data.source"),
@@ -74,6 +75,10 @@ WRONG = [
     (PAIRS | {"decoder.ema": -0.1}, "decoder.ema"),
     (PAIRS | {"decoder.shift": -1.0}, "decoder.shift"),
     (PAIRS | {"decoder.trainable": "("}, "decoder.trainable"),
+    (PAIRS | {"decoder.trainable": ""}, "decoder.trainable"),
+    (PAIRS | {"decoder.lora.rank": -1}, "decoder.lora.rank"),
+    (PAIRS | {"decoder.lora.alpha": 0.0}, "decoder.lora.alpha"),
+    (PAIRS | {"decoder.lora.target": "*"}, "decoder.lora.target"),
 ]
 RULES = ("validate", "_validate_optimizer", "_validate_pairs")
 RIGHT = [

@@ -60,7 +60,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                 state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
                 now = time.monotonic()
-                images, tokens = len(batch["image"]), metrics.pop("caption/tokens", None)
+                images, tokens = len(next(iter(batch.values()))), metrics.pop("caption/tokens", None)
                 metrics["throughput/images_per_s"] = images / (now - last)
                 if tokens is not None:
                     metrics["throughput/tokens_per_s"] = tokens / (now - last)

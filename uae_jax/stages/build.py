@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from uae_jax import config as configs
 from uae_jax.convert import folder
 from uae_jax.data.shapes import tokenizer as shapes_tokenizer
 from uae_jax.errors import UserError
@@ -17,14 +18,14 @@ from uae_jax.umm import decoder as drawing
 
 def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The program of a stage. Later stages of a cold start read what earlier ones wrote to workdir/weights; `decoder`
-    on a jsonl file of pictures with captions starts from `config.weights`.
+    on pictures with captions starts from `config.weights`.
 
     Raises:
       UserError: a stage that starts from nothing, in a config that does not say of what size.
     """
     if stage == "rl":
         return rl.build(config, workdir, mesh)
-    if stage == "decoder" and config.data.source == "jsonl":
+    if stage == "decoder" and config.data.source in configs.PAIR_SOURCES:
         return pairs.build(config, workdir, mesh)
     if "models" not in config:
         raise UserError(

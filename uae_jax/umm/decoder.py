@@ -14,7 +14,7 @@ from uae_jax.models.flux.model import FluxTransformer
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.models.vae.model import AutoencoderKL, gaussian
-from uae_jax.models.vae.pieces import sliced
+from uae_jax.models.vae.pieces import OVERLAP, sliced, tiled
 from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.umm import Params
@@ -84,7 +84,7 @@ def draw_step(
     """One call of the MM-DiT: latents [..., h, w, c], text [..., s, d], mask bool [..., s] -> like latents.
 
     Args:
-      frozen: `transformer` and `pooled` [p], the constant pooled condition.
+      frozen: `transformer` and `pooled` [p], the constant pooled condition (or [..., p], one a sample).
       sigma: noise level 0..1, a scalar or [...], which the model knows as a timestep 0..1000.
       distilled_guidance: scale that a FLUX with guidance_embeds is told; no other model reads it.
     """
@@ -117,27 +117,40 @@ def guided_step(
     if settings.guidance == 1.0:
         return draw_step(model, frozen, x, text, sigma, mask, distilled)
     if settings.two_passes:
+        pooled = jnp.broadcast_to(frozen["pooled"], (*text.shape[:-2], frozen["pooled"].shape[-1]))
         both = jax.lax.map(
-            lambda branch: draw_step(model, frozen, x, branch[0], sigma, branch[1], distilled), (text, mask)
+            lambda branch: draw_step(model, frozen | {"pooled": branch[2]}, x, branch[0], sigma, branch[1], distilled),
+            (text, mask, pooled),
         )
     else:
         both = draw_step(model, frozen, jnp.broadcast_to(x, (2, *x.shape)), text, sigma, mask, distilled)
     return flow.guided(both[0], both[1], settings.guidance)
 
 
+def check_tile(vae: AutoencoderKL | None, side: int) -> None:
+    """Raises UserError where tiles of `config.redraw.tile_vae` pixels do not overlap by whole latents."""
+    step = int(1 / OVERLAP) * (1 if vae is None else vae.config.downsampling)
+    if side % step:
+        raise UserError(f"config.redraw.tile_vae = {side}: the side of a tile must be a multiple of {step} pixels")
+
+
 def pixels_from_latents(
-    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, slices: bool = False
+    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, slices: bool = False, tile: int = 0
 ) -> jax.Array:
     """Images [b, g, H, W, 3] in 0..1 of latents [b, g, h, w, c]; without a VAE, latents are pixels in -1..1.
 
     Args:
       slices: decode one sample of each group at a time.
+      tile: ... and larger images in tiles of so many pixels a side (`pieces.tiled`); 0: as a whole.
     """
     if vae is not None:
 
-        def decode(z: jax.Array) -> jax.Array:
+        def whole(z: jax.Array) -> jax.Array:
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             return apply(vae, params, z, method="decode").astype(jnp.float32)
+
+        def decode(z: jax.Array) -> jax.Array:
+            return tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z)
 
         latents = sliced(decode, latents, axis=1) if slices else decode(latents)
     return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
@@ -151,10 +164,19 @@ def latents_from_pixels(
     Args:
       key: samples the VAE's Gaussian; None takes its mean.
     """
-    pixels = images * 2.0 - 1.0
     if vae is None:
-        return pixels
-    latents, logvar = gaussian(apply(vae, params, pixels, method="moments").astype(jnp.float32))
+        return images * 2.0 - 1.0
+    return latents_from_moments(moments_from_pixels(images, vae, params), vae, key)
+
+
+def moments_from_pixels(images: jax.Array, vae: AutoencoderKL, params: Params) -> jax.Array:
+    """The VAE's Gaussians [..., h, w, 2 c] of images [..., H, W, 3] in 0..1, in its compute type."""
+    return apply(vae, params, images * 2.0 - 1.0, method="moments")
+
+
+def latents_from_moments(moments: jax.Array, vae: AutoencoderKL, key: jax.Array | None = None) -> jax.Array:
+    """Latents float32 [..., h, w, c] of `moments_from_pixels`; `key` as in `latents_from_pixels`."""
+    latents, logvar = gaussian(moments.astype(jnp.float32))
     if key is not None:
         latents = latents + jnp.exp(0.5 * logvar) * jax.random.normal(key, latents.shape)
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor

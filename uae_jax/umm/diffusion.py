@@ -133,6 +133,7 @@ def build(
     """
     model, settings = modules.captioner, config.rl
     shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
+    decoder.check_tile(modules.vae, config.redraw.tile_vae)
     levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
     sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
     if temperature is not None:
@@ -202,6 +203,7 @@ def build(
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
         latents = flow.euler(velocity, noise, levels)
-        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), config.redraw.slice_vae)
+        pieces = config.redraw.slice_vae, config.redraw.tile_vae
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), *pieces)
 
     return Family(generate, redraw, log_probs)
