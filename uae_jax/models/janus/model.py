@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from uae_jax.models.dense import Dense
 from uae_jax.models.janus.config import Config
-from uae_jax.models.janus.vq import VQModel
 from uae_jax.models.janus.vision import MLP, VisionTower
+from uae_jax.models.janus.vq import VQModel
 from uae_jax.models.qwen2_5_vl.language import Cache, LanguageModel, with_images
 
 
