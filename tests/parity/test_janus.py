@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.parity.janus import CODES, CONFIGS, IMAGE, PAD, START, as_pixels, greedy_text, picture
+from tests.parity.janus import BOS, CODES, CONFIGS, IMAGE, PAD, START, as_pixels, greedy_text, picture
 from tests.parity.janus import END as END_OF_IMAGE
 from tests.parity.janus import tiny_janus as build
 from uae_jax.convert.table import load, save
@@ -150,9 +150,8 @@ def test_greedy_caption(pair):
     visible = np.pad(mask, [(0, 0), (0, new)], constant_values=True)
     slots = np.arange(t + new)
     embeds = call("embed", tokens, call("encode_image", 2 * pictures - 1))
-    hidden, cache = call(
-        "hidden", embeds, np.maximum(np.cumsum(mask, 1) - 1, 0), np.tril(np.ones((t, t), bool)) & mask[:, None]
-    )
+    positions, seen = np.maximum(np.cumsum(mask, 1) - 1, 0), np.tril(np.ones((t, t), bool)) & mask[:, None]
+    hidden, cache = call("hidden", embeds, positions, seen)
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]), cache)
     for i in range(new):
         found = call("logits", hidden[:, -1])
@@ -162,3 +161,23 @@ def test_greedy_caption(pair):
         at = mask.sum(1, keepdims=True) + i
         hidden, cache = call("hidden", call("embed", token), at, (visible & (slots <= t + i))[:, None], cache, t + i)
     assert all(len(set(row)) > 2 for row in expected.tolist())  # otherwise there was little to get wrong
+
+
+def test_greedy_codes(pair):
+    """Guided image tokens, one prompt at a time, so that none is padded: transformers' codes."""
+    reference, call = pair[0], caller(pair)
+    tokens = np.array([[BOS, 7, 3, 22, 41, 5, START]])
+    everything = np.ones(tokens.shape, bool)
+    plain = greedy_codes(reference, tokens, everything, 1.0)
+    guided = greedy_codes(reference, tokens, everything, 5.0)
+    assert not np.array_equal(plain, guided) and len(set(guided[0].tolist())) > 3
+    rows = np.concatenate([tokens, np.where((tokens == BOS) | (tokens == START), tokens, PAD)])
+    embeds, found = call("embed", rows), []
+    for _ in range(guided.shape[1]):
+        t = embeds.shape[1]
+        positions = np.broadcast_to(np.arange(t), (2, t))
+        hidden, _ = call("hidden", embeds, positions, np.tril(np.ones((t, t), bool)))
+        conditional, unconditional = call("code_logits", hidden[:, -1])
+        found.append(int(np.argmax(unconditional + 5.0 * (conditional - unconditional))))
+        embeds = np.concatenate([embeds, call("embed_codes", np.full((2, 1), found[-1]))], axis=1)
+    assert found == guided[0].tolist()
