@@ -62,7 +62,8 @@ def tiny_janus(kind: str = "untied"):
     config._attn_implementation = "eager"
     model = transformers.JanusForConditionalGeneration(config).eval()
     redraw(model)
-    model.generation_config.update(**TOKENS, generation_kwargs={"boi_token_id": START})
+    model.generation_config.update(**TOKENS)
+    model.generation_config.generation_kwargs = {"boi_token_id": START}
     return model
 
 

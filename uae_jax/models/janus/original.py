@@ -71,7 +71,7 @@ def from_hf(values: Mapping[str, Any]) -> Config:
     language = values.get("language_config") or {}
     text = llama({**language, "tie_word_embeddings": bool(language.get("tie_word_embeddings"))}, "language_config.")
 
-    name = vision.get("model_name")
+    name = vision.get("model_name", "")
     supported(name in TOWERS, "vision_config.params.model_name", name)
     tower = dataclasses.replace(TOWERS[name], image_size=vision.get("image_size", TOWERS[name].image_size))
     width, vq = text.hidden_size, TOKENIZERS[values["gen_vision_config"]["cls"]]
