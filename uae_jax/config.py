@@ -29,7 +29,7 @@ def default() -> ConfigDict:
     c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
 
     # The loop: image -> caption -> redrawn image.
-    c.train = "encoder"  # which side RL updates
+    c.train = "encoder"  # what RL learns from: encoder (captions), decoder (the image tokens it samples), both
     c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
     c.lora = ConfigDict()
     c.lora.rank = 0  # of low-rank adapters (LoRA), which then are all that is trained; 0: none, train `trainable`
@@ -55,7 +55,10 @@ def default() -> ConfigDict:
     c.rl.clip_high = 0.2  # ... 1 + clip_high
     c.rl.inner_epochs = 1  # updates per rollout; clipping only acts from the second
     c.rl.microbatches = 1  # gradient accumulation: the batch of images is split into this many parts
-    c.rl.normaliser = "constant"  # mean over actions: constant (max_tokens), sequence (per sample), token (batch)
+    c.rl.normaliser = "constant"  # mean over a segment's actions: constant (its limit), sequence, token (batch)
+    c.rl.weights = ConfigDict()
+    c.rl.weights.caption = 1.0  # weight of the caption's part of the objective, a mean over its own tokens ...
+    c.rl.weights.image = 1.0  # ... and of the image tokens' part, where they are learnt from
     c.rl.scale_by_std = True  # divide advantages by the group's standard deviation
     c.rl.advantage_eps = 1e-4  # added to that standard deviation
     c.rl.truncated = "keep"  # captions cut off at max_tokens: keep, mask (no gradient), zero (reward 0)
@@ -183,7 +186,7 @@ def validate(c: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no sense."""
     for stage in stages(c):
         _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
-    _one_of(c, "train", "encoder")
+    _one_of(c, "train", "encoder", "decoder", "both")
     _one_of(c, "condition_source", "text", "in_context")
     _one_of(c, "text_encoder", "frozen", "live")
     _one_of(c, "dtype", "float32", "bfloat16")
@@ -207,6 +210,8 @@ def validate(c: ConfigDict) -> None:
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
     for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
+    for name, weight in rl.weights.items():
+        _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
     for field in ("batch_size", "image_size", "held_out", "max_objects"):
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")

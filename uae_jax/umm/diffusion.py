@@ -129,8 +129,13 @@ def build(
         rollout: the policy itself.
 
     Raises:
-      UserError: the decoder cannot draw images of `config.data.image_size`.
+      UserError: the decoder cannot draw images of `config.data.image_size`; or it is to be trained, which samples
+        nothing.
     """
+    if config.train != "encoder":
+        raise UserError(
+            f"config.train = {config.train!r}: these weights draw by diffusion, which RL leaves alone; use encoder"
+        )
     model, settings = modules.captioner, config.rl
     shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
     levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
@@ -188,7 +193,7 @@ def build(
 
     def redraw(
         params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Trajectory]:
         states, mask = conditions(params, frozen, captions, images)
         noise = decoder.initial_noise(keys, shape, config.redraw.same_noise)
         if config.redraw.guidance != 1.0:
@@ -202,6 +207,6 @@ def build(
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
         latents = flow.euler(velocity, noise, levels)
-        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), config.redraw.slice_vae)
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), config.redraw.slice_vae), {}
 
     return Family(generate, redraw, log_probs)
