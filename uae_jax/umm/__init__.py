@@ -21,7 +21,7 @@ class Family(NamedTuple):
 
     # (params, frozen, images [b H W 3], keys [b g]) -> captions, Segment [b g t]
     generate: Callable[[Params, Params, Any, jax.Array], Segment]
-    # (params, frozen, captions [b g t], images [b H W 3], keys [b g]) -> redrawn images [b g H W 3], and the actions that
+    # (params, frozen, captions [b g t], images [b H W 3], keys [b g]) -> redrawn images [b g H W 3], and actions that
     # drew them, {segment: Segment [b g t]}: none where drawing is no policy
     redraw: Callable[[Params, Params, Segment, Any, jax.Array], tuple[jax.Array, Trajectory]]
     # (params, frozen, images [b H W 3], trajectory) -> {segment: log-probabilities [b g t]}, with gradients

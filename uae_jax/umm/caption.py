@@ -90,7 +90,7 @@ def following(model: nn.Module, prompt: Prompt, batch: tuple[int, ...], at: jax.
 
 
 def combined(logits: jax.Array, guidance: float, axis: int = 0) -> jax.Array:
-    """Logits [..., v] of the two branches of guidance along `axis`; as they are for guidance 1, which has one branch."""
+    """Logits [..., v] of the two branches of guidance along `axis`; for guidance 1, which has one, as they are."""
     if guidance == 1.0:
         return logits
     conditional, unconditional = jnp.moveaxis(logits, axis, 0)
