@@ -23,6 +23,7 @@ from uae_jax.models.dinov3 import config as dinov3_config
 from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
+from uae_jax.models.janus import vq, vq_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -53,6 +54,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
+    "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table),
     "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
     "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
     "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
