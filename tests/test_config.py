@@ -45,6 +45,7 @@ WRONG = [
     ({"redraw.spacing": "karras"}, "redraw.spacing"),
     ({"redraw.prediction": "noise"}, "redraw.prediction"),
     ({"redraw.steps": 0}, "redraw.steps"),
+    ({"redraw.temperature": -0.1}, "redraw.temperature"),
     ({"redraw.shift": 0.0}, "redraw.shift"),
     ({"redraw.distilled_guidance": -1.0}, "redraw.distilled_guidance"),
     ({"data.source": "imagenet"}, "data.source"),

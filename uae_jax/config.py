@@ -24,7 +24,8 @@ def default() -> ConfigDict:
     c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
-    c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
+    c.weights = ""  # folder with captioner/, transformer/, projector/, or with janus/; or a shipped one: tiny (""), tiny_ar
+    c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
 
@@ -36,7 +37,7 @@ def default() -> ConfigDict:
     c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
     c.lora.target = r"language/layers/.*"  # regex over the encoder's parameter paths: kernels that get an adapter
     c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
-    c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
+    c.text_encoder = "frozen"  # whose weights read it to draw: frozen (as at the start) or live (in training)
     c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
 
     c.prompt = ConfigDict()
@@ -73,7 +74,8 @@ def default() -> ConfigDict:
     c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
-    c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
+    c.redraw.same_noise = True  # one initial noise (one draw of image tokens) per group: only the caption differs in it
+    c.redraw.temperature = 1.0  # of image tokens, where the weights draw with them; 0 = the most likely ones
     c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
@@ -226,6 +228,7 @@ def validate(c: ConfigDict) -> None:
         c.redraw.distilled_guidance,
         "must not be negative",
     )
+    _require(c.redraw.temperature >= 0, "redraw.temperature", c.redraw.temperature, "must not be negative")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
