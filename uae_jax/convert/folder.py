@@ -23,7 +23,9 @@ from uae_jax.models.dinov3 import config as dinov3_config
 from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
+from uae_jax.models.janus import config as janus_config
 from uae_jax.models.janus import vq, vq_weights
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -55,6 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2_5_VLForConditionalGeneration": Architecture(
         qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
     ),
+    "JanusForConditionalGeneration": Architecture(janus_config.Config, janus_weights.table, ties=janus_weights.ties),
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),

@@ -102,8 +102,8 @@ def build(
     words = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
     if temperature is not None:
         words = words._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
-    codes = tokens.Sampling(c.vision.num_patches, (), drawn.temperature)
-    of_codes = {"allowed": np.ones(c.vq.num_embeddings, bool), "kind": caption.CODES, "guidance": drawn.guidance}
+    codes = tokens.Sampling(c.vq.num_patches**2, (), drawn.temperature)
+    every_code = np.ones(c.vq.num_embeddings, bool)
 
     def full(params: Params, frozen: Params) -> Params:
         return merge(frozen["start"], lora.scaled(params["encoder"], config.lora.alpha))
@@ -130,11 +130,11 @@ def build(
             keys = jnp.broadcast_to(keys[:, :1], keys.shape)
         # Every caption is a prompt of its own, with one answer.
         answers = caption.generate(
-            model, weights, asking(captions), keys[..., None], sampling=codes, mesh=mesh, **of_codes
-        )
+            model, weights, asking(captions), keys[..., None],
+            allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
+        )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
-        pixels = apply(model, weights, segment.actions, method="decode_codes")
-        return jnp.clip(pixels.astype(jnp.float32), 0.0, 1.0), {"image": segment}
+        return apply(model, weights, segment.actions, method="decode_codes"), {"image": segment}
 
     def log_probs(
         params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory
@@ -149,8 +149,9 @@ def build(
         if "image" in trajectory:
             segment = jax.tree.map(lambda x: x[..., None, :], trajectory["image"])
             scores["image"] = caption.log_probs(
-                model, weights, asking(captions), segment,
-                temperature=drawn.temperature or 1.0, chunk=settings.logit_chunk, **of_codes,
+                model, weights, asking(captions), segment, allowed=every_code,
+                temperature=drawn.temperature or 1.0, chunk=settings.logit_chunk,
+                kind=caption.CODES, guidance=drawn.guidance,
             )[..., 0, :]  # fmt: skip
         return scores
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from uae_jax.models.qwen2_5_vl.config import Config
-from uae_jax.models.qwen2_5_vl.language import Cache, LanguageModel, text_positions
+from uae_jax.models.qwen2_5_vl.language import Cache, LanguageModel, text_positions, with_images
 from uae_jax.models.qwen2_5_vl.vision import Layout, VisionTower
 
 
@@ -50,10 +50,7 @@ class Qwen2_5_VL(nn.Module):
         embeds = self.language.embed(tokens)
         if image_features is None:
             return embeds
-        placeholder = tokens == self.config.image_token_id
-        which = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, image_features.shape[-2] - 1)
-        features = jnp.take_along_axis(image_features, which[..., None], axis=-2)
-        return jnp.where(placeholder[..., None], features.astype(embeds.dtype), embeds)
+        return with_images(embeds, tokens == self.config.image_token_id, image_features)
 
     def hidden(
         self,
