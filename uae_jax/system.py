@@ -25,7 +25,6 @@ from uae_jax.sampling.tokens import Segment, content_lengths
 from uae_jax.umm import Family, Params, autoregressive, caption, decoder, diffusion
 from uae_jax.umm.prompts import Prompts
 
-
 # The folder, in one of weights, that holds a model which both captions and draws.
 JANUS = "janus"
 

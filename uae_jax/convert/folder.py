@@ -38,7 +38,6 @@ from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
 
-
 # Names that `config.weights` may have instead of a path: the tiny worlds.
 SHIPPED = ("", "tiny", "tiny_ar")
 

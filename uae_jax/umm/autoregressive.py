@@ -136,9 +136,7 @@ def build(
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
         return apply(model, weights, segment.actions, method="decode_codes"), {"image": segment}
 
-    def log_probs(
-        params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory
-    ) -> dict[str, jax.Array]:
+    def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]
         scores = {
             "caption": caption.log_probs(
