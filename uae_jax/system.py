@@ -88,8 +88,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     Raises:
       UserError: a folder or a tensor is missing or does not fit, or a reward names no tower.
     """
-    where, towers = weights_folder(config), towers_folder(config)
-    dtype = jnp.dtype(config.dtype)
+    where, dtype = weights_folder(config), jnp.dtype(config.dtype)
     source = captioner_folder(config)
     # Frozen weights are read in the compute type only, so they are kept in it.
     captioner = folder.load_model(source, mesh, dtype)
@@ -106,12 +105,34 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
                 f"{where}: the projector reads states of {modules.projector.config.in_size} channels, but the "
                 f"captioner's have {captioner.config.text.hidden_size}: they are not of one system"
             )
+    frozen["start"] = captioner.params
+    return complete(config, mesh, modules, captioner.config, tokenizer, frozen)
+
+
+def complete(
+    config: Any,
+    mesh: jax.sharding.Mesh,
+    modules: diffusion.Modules | Janus,
+    sizes: Any,
+    tokenizer: Tokenizer,
+    frozen: Params,
+) -> System:
+    """A family's networks with the prompts, towers and judge that `config` names, read from `towers_folder`.
+
+    Args:
+      sizes: config of the model that captions.
+      frozen: what the family needs; see its `build`.
+
+    Raises:
+      UserError: see `load`.
+    """
+    towers, dtype = towers_folder(config), jnp.dtype(config.dtype)
     tower_models = {}
     for name in rewards.tower_names(config):
         if not (towers / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
         tower_models[name] = folder.load_model(towers / name, mesh, dtype)
-    frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
+    frozen = frozen | {"towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
         model = folder.load_model(towers / "judge", mesh)
@@ -119,9 +140,9 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
         modules=modules,
-        prompts=Prompts.build(tokenizer, config, captioner.config),
+        prompts=Prompts.build(tokenizer, config, sizes),
         tokenizer=tokenizer,
-        allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
+        allowed=caption.allowed_tokens(tokenizer, sizes.text.vocab_size, sizes.eos_token_id),
         towers={n: rewards.tower(m.config, dtype) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
