@@ -24,9 +24,7 @@ def default() -> ConfigDict:
     c.stage = "rl"  # what to run: rl, or a part of a supervised cold start (STAGES); several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
-    c.weights = (
-        ""  # folder with captioner/, transformer/, projector/, or with janus/; or a shipped one: tiny (""), tiny_ar
-    )
+    c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
     c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
