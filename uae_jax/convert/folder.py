@@ -39,6 +39,9 @@ from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
 
+# Names that `config.weights` may have instead of a path: the tiny worlds.
+SHIPPED = ("", "tiny", "tiny_ar")
+
 
 class Architecture(NamedTuple):
     """How a class of config.json is read."""
@@ -113,8 +116,8 @@ def architecture(config: dict[str, Any]) -> str:
 
 
 def shipped(name: str) -> Path:
-    """The folder of weights that comes with the package."""
-    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / name
+    """A folder of weights that comes with the package, one of `SHIPPED`; "" is `tiny`."""
+    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / (name or "tiny")
 
 
 def load_config(folder: Path) -> dict[str, Any]:

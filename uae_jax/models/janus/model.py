@@ -110,6 +110,11 @@ class Janus(nn.Module):
         """Of the next image token: [..., d] -> float32 [..., codebook]."""
         return self.gen_head(hidden.astype(self.dtype))
 
+    @nn.nowrap
+    def text_positions(self, positions: jax.Array) -> jax.Array:
+        """Positions of plain text, int [..., t], as `hidden` takes them: these."""
+        return positions
+
     def encode_codes(self, images: jax.Array) -> jax.Array:
         """The codes of images [..., H, W, 3] in 0..1, row by row: int32 [..., n]."""
         codes = self.vq.quantise(self.vq.encode(2 * images - 1))
