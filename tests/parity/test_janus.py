@@ -39,7 +39,8 @@ def pair(request, tmp_path_factory):
 def call(pair):
     """Our model's methods, each compiled once a shape: call("embed", tokens)."""
     _, model, params, _ = pair
-    methods = "embed hidden logits encode_image embed_codes code_logits encode_codes decode_codes".split()
+    methods = ["encode_image", "embed", "hidden", "logits", "embed_codes", "code_logits"]
+    methods += ["encode_codes", "decode_codes"]
     compiled = {name: jax.jit(functools.partial(model.apply, method=name)) for name in methods}
     return lambda name, *arguments: compiled[name]({"params": params}, *arguments)
 
