@@ -240,6 +240,37 @@ def test_what_was_trained_goes_back(hub, deepseek, tmp_path):
         assert np.array_equal(found["language"]["norm"]["scale"], before["language"]["norm"]["scale"])
 
 
+def test_adapters_go_out_as_peft(hub, deepseek, reference, tmp_path):
+    """Under the names of transformers' modules; a layer that is three here and one there is refused."""
+    rng = np.random.default_rng(2)
+    where = "language/layers/self_attn/q_proj"
+    leaves = {
+        f"{where}/{name}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("lora_a", (3, 48, 2)), ("lora_b", (3, 2, 48)))
+    }
+    shapes = {path: x.shape for path, x in leaves.items()}
+    transfer.export_adapter(hub, tmp_path / "peft", transfer.Trained(shapes, leaves.__getitem__, 4.0))
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    modules = dict(reference.named_modules())
+    for i in range(3):
+        name = f"model.language_model.layers.{i}.self_attn.q_proj"
+        assert name in modules
+        pair = [found.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB"]
+        assert np.array_equal(pair[0], leaves[f"{where}/lora_a"][i].T)
+        assert np.array_equal(pair[1], leaves[f"{where}/lora_b"][i].T)
+    assert not found
+
+    fused = {"visual/layers/qkv/lora_a": (3, 3, 32, 2), "visual/layers/qkv/lora_b": (3, 3, 2, 32)}
+    trained = transfer.Trained(fused, lambda path: np.ones(fused[path], np.float32), 4.0)
+    transfer.export_adapter(hub, tmp_path / "three", trained)
+    with pytest.raises(UserError, match=r"attn.qkv is one layer in .*, with adapters of its parts"):
+        transfer.export_adapter(deepseek, tmp_path / "one", trained)
+    transfer.copy_model(deepseek, tmp_path / "merged", trained)
+    models = (folder.load_model(where).params["visual"]["layers"] for where in (tmp_path / "merged", deepseek))
+    after, before = (layers["qkv"]["kernel"] for layers in models)
+    assert np.abs(after - before - 4.0).max() < 1e-5  # alpha / r times the sum over r of 1
+
+
 def test_pickles_are_turned_by_the_command_that_is_named(deepseek, tmp_path):
     """A folder of .bin alone is refused; the command in the message makes it one that loads."""
     tensors = {name: torch.from_numpy(x) for name, x in load_file(deepseek / "model.safetensors").items()}
