@@ -9,8 +9,10 @@ import pytest
 
 from tests import tiny
 from uae_jax import sharding, system, train
+from uae_jax.convert import __main__ as convert
 from uae_jax.convert import folder
 from uae_jax.data.shapes import tokenizer
+from uae_jax.errors import UserError
 from uae_jax.models import initial
 from uae_jax.models.janus.vq import VQModel
 from uae_jax.stages import joint
@@ -42,6 +44,24 @@ def test_joint_leaves_weights_that_load_and_a_card(workdir, weights):
     card = (workdir / "weights" / "CARD.md").read_text()
     for said in ("configs/tiny_ar_coldstart.py", "seed 0", "ground truth", "JanusForCond", "reward_ceiling"):
         assert said in card
+
+
+def test_a_run_from_these_weights_evaluates_and_exports(workdir, weights, tmp_path):
+    config = tiny.ar_config(
+        workdir / "weights", weights, steps=2, train="both", text_encoder="live", redraw__same_noise=False,
+        eval__enabled=True, eval__every=0, eval__batch_size=4, eval__pictures=2,
+    )  # fmt: skip
+    train.run(config, tmp_path / "run")
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["ratio/max_abs_dev_first"] < 1e-4 and row["update_norm/decoder"] > 0 for row in rows)
+    results = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert {"reward", "reward_ceiling", "perception", "redraw_accuracy"} <= results["after"].keys()
+    convert.main(["", "export", str(tmp_path / "run"), str(tmp_path / "out")])
+    before, after = (folder.load_model(path).params for path in (workdir / "weights" / "janus", tmp_path / "out"))
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+    assert any(jax.tree.leaves(moved.pop("language"))) and not any(jax.tree.leaves(moved))
+    with pytest.raises(UserError, match="without --umm"):
+        convert.main(["", "export", str(tmp_path / "run"), str(tmp_path / "other"), "--umm"])
 
 
 def test_batches_hide_captions_and_become_terse(workdir, weights):

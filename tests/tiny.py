@@ -103,13 +103,17 @@ def ar_coldstart_config(**changes):
     return changed(c, changes)
 
 
+CODES = 36  # of an image of `write_janus`
+
+
 def write_janus(target: Path, seed: int = 0) -> Path:
     """Writes an untrained model that captions and draws, as janus/; returns the folder."""
     model = Janus(model_config(ar_coldstart_config(), "janus"))
     size, c = model.config.vision.image_size, model.config
     tokens = jnp.full((1, c.vision.num_patches), c.image_token_id)
     params = initial(model, jax.random.key(seed), jnp.zeros((1, size, size, 3)), tokens)
-    params = louder(params) | {"gen_head": jax.tree.map(lambda x: 3 * x, params["gen_head"])}
+    params = louder(params)
+    params["gen_head"]["vision_head"] = jax.tree.map(lambda x: 3 * x, params["gen_head"]["vision_head"])
     folder.save_model(target / "janus", c, params)
     tokenizer.build().save(str(target / "janus" / "tokenizer.json"))
     return target
