@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests import tiny
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,12 +34,16 @@ def collectives(text: str) -> list[str]:
     return re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w\-]*\(", text)
 
 
-def worker(weights: str, data: int, fsdp: int) -> dict:
-    """Runs in a process of its own: two steps on a mesh, and the collectives of the token loop."""
+def worker(weights: str, janus: str, data: int, fsdp: int) -> dict:
+    """Runs in a process of its own: two steps on a mesh, and the collectives of the token loops.
+
+    Args:
+      weights: of the diffusion family, and towers.
+      janus: weights of the autoregressive family, if it is that which runs.
+    """
     import jax
     import jax.numpy as jnp
 
-    from tests import tiny
     from tests.test_step import make
     from uae_jax import sharding, system
 
@@ -47,7 +55,8 @@ def worker(weights: str, data: int, fsdp: int) -> dict:
         "mesh__fsdp": fsdp,
         "eval__batch_size": 8,
     }
-    config = tiny.config(weights, **changes)
+    both = {"train": "both", "text_encoder": "live", "redraw__same_noise": False, "redraw__guidance": 2.0}
+    config = tiny.ar_config(janus, weights, **changes, **both) if janus else tiny.config(weights, **changes)
     mesh = sharding.make_mesh(config, jax.devices()[: data * fsdp])
     built = system.load(config, mesh)
     state, function = make(config, built, mesh)
@@ -61,6 +70,8 @@ def worker(weights: str, data: int, fsdp: int) -> dict:
     early = [
         (c, b) for c, b in loops if "pred[] all-reduce" in reachable(text, c) or "all-reduce(" in reachable(text, c)
     ]
+    # Image tokens are of one number, so their loop counts up to it.
+    counted = [b for c, b in loops if f"constant({tiny.CODES})" in reachable(text, c)]
     rows = []
     for _ in range(2):
         state, metrics = compiled(state, built.frozen, batch)
@@ -68,26 +79,30 @@ def worker(weights: str, data: int, fsdp: int) -> dict:
     return {
         "rows": rows,
         "early": len(early),
-        "inside": [kind for _, b in early for _, kind in collectives(reachable(text, b))],
+        "counted": len(counted),
+        "inside": [kind for b in [*(b for _, b in early), *counted] for _, kind in collectives(reachable(text, b))],
         "split": len(split),
         "norm": float(jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(state.params)))),
     }
 
 
-def run(weights: Path, data: int, fsdp: int) -> dict:
+def run(weights: Path, janus: str, data: int, fsdp: int) -> dict:
     devices = "--xla_force_host_platform_device_count=8"
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=devices, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
-    call = f"worker({str(weights)!r}, {data}, {fsdp})"
+    call = f"worker({str(weights)!r}, {janus!r}, {data}, {fsdp})"
     code = f"import json; from tests.test_sharded_step import worker; print(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_sharded_equals_unsharded_and_gathers_outside_the_token_loop(weights):
-    one, eight = run(weights, 1, 1), run(weights, 2, 4)
+@pytest.mark.parametrize("family", ["diffusion", "autoregressive"])
+def test_sharded_equals_unsharded_and_gathers_outside_the_token_loops(weights, tmp_path, family):
+    janus = str(tiny.write_janus(tmp_path)) if family == "autoregressive" else ""
+    one, eight = run(weights, janus, 1, 1), run(weights, janus, 2, 4)
     assert eight["split"] > 0 and one["split"] == 0
     assert eight["early"] == 1 and eight["inside"] == []
+    assert eight["counted"] == (1 if janus else 0)
     for name in ("reward/mean", "caption/length", "loss", "kl", "grad_norm", "logp/sampler_gap"):
         for a, b in zip(one["rows"], eight["rows"], strict=True):
             assert abs(a[name] - b[name]) < 2e-4 * max(1.0, abs(a[name])), name

@@ -86,7 +86,7 @@ def by_system(
         shape = (*keys.shape, length)
         tokens, mask = (jnp.broadcast_to(x[:, None], shape) for x in (tokens, mask))
         unseen = jnp.zeros((len(keys), size, size, 3))
-        return family.redraw(params, frozen, Segment(tokens, mask, jnp.zeros(shape)), unseen, keys)
+        return family.redraw(params, frozen, Segment(tokens, mask, jnp.zeros(shape)), unseen, keys)[0]
 
     def draw(prompts: list[str], keys: jax.Array) -> np.ndarray:
         tokens, mask = encode_captions(built.tokenizer, prompts, length, built.prompts.end_token)

@@ -23,6 +23,10 @@ from uae_jax.models.dinov3 import config as dinov3_config
 from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
+from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import original as janus_original
+from uae_jax.models.janus import vq, vq_weights
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -35,6 +39,9 @@ from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
 
+# Names that `config.weights` may have instead of a path: the tiny worlds.
+SHIPPED = ("", "tiny", "tiny_ar")
+
 
 class Architecture(NamedTuple):
     """How a class of config.json is read."""
@@ -43,16 +50,27 @@ class Architecture(NamedTuple):
     table: Callable[[Any], list[tables.Entry]]
     canonical: Callable[[str], str] = lambda name: name  # a tensor's name in the table, where releases differ
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
+    unused: Callable[[str], bool] = lambda name: False  # tensors that a file may hold and the model does not read
+    module_name: Callable[[str], str] = lambda name: name  # of a tensor in transformers' class, where files differ
 
 
 # by the class that config.json names
 ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2_5_VLForConditionalGeneration": Architecture(
-        qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
+        qwen_config.Config,
+        qwen_weights.table,
+        qwen_weights.canonical,
+        qwen_weights.ties,
+        module_name=qwen_weights.module_name,
+    ),
+    "JanusForConditionalGeneration": Architecture(janus_config.Config, janus_weights.table, ties=janus_weights.ties),
+    "MultiModalityCausalLM": Architecture(
+        janus_original, janus_original.table, ties=janus_original.ties, unused=janus_original.unused
     ),
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
+    "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table),
     "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
     "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
     "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
@@ -65,6 +83,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Projector": Architecture(projector.Config, projector.table),
     "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
 }
+
+
+# by the model_type of a config.json that names no class
+_BY_TYPE = {janus_original.MODEL_TYPE: "MultiModalityCausalLM"}
 
 
 class Model(NamedTuple):
@@ -84,16 +106,18 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, np.ndarray]  # views of the files, under the table's names
     written: dict[str, list[str]]  # the names in the files of each, more than one where it is tied
     stem: str  # of the files' names
+    unused: dict[str, np.ndarray]  # views of tensors that no parameter is made of
 
 
 def architecture(config: dict[str, Any]) -> str:
     """The class that a config.json names, in transformers' or diffusers' way."""
-    return config.get("_class_name") or (config.get("architectures") or [""])[0]
+    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    return named or _BY_TYPE.get(config.get("model_type", ""), "")
 
 
 def shipped(name: str) -> Path:
-    """The folder of weights that comes with the package."""
-    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / name
+    """A folder of weights that comes with the package, one of `SHIPPED`; "" is `tiny`."""
+    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / (name or "tiny")
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -141,7 +165,8 @@ def open_model(folder: Path) -> Checkpoint:
     ]
     ties = {name: target for name, target in known.ties(config).items() if name in headers}
     names: dict[str, str] = {}
-    for name in [name for name in headers if name not in ties]:
+    unused = [name for name in headers if known.unused(name)]
+    for name in [name for name in headers if name not in ties and name not in unused]:
         other = names.setdefault(known.canonical(name), name)
         if other != name:
             problems.append(f"twice: {known.canonical(name)}, as {other} and {name}")
@@ -154,7 +179,7 @@ def open_model(folder: Path) -> Checkpoint:
         if not _equal(views[name], tensors[target]):
             raise UserError(f"{folder}: config.json ties {name} to {names[target]}, but they differ: untie them there")
         written[target].append(name)
-    return Checkpoint(folder, kind, config, table, tensors, written, stem)
+    return Checkpoint(folder, kind, config, table, tensors, written, stem, {name: views[name] for name in unused})
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from uae_jax.convert import files
 from uae_jax.convert import table as tables
 from uae_jax.errors import UserError
-from uae_jax.models.qwen2_5_vl.weights import module_name
 
 LEAVES = ("lora_a", "lora_b")
 DIFFUSERS_STEM = "pytorch_lora_weights"
@@ -45,6 +44,7 @@ def write_adapter(
     read: Callable[[str], np.ndarray],
     alpha: float,
     base: str,
+    module_name: Callable[[str], str],
 ) -> int:
     """Writes adapter_model.safetensors and adapter_config.json, in PEFT's names and layout.
 
@@ -55,11 +55,21 @@ def write_adapter(
       read: gives a leaf by its path.
       alpha: a product of adapters counts alpha / r.
       base: folder of the model that the adapters belong to.
+      module_name: name of a tensor in the file -> in the class that loads it.
 
     Returns:
       How many linear layers have an adapter.
+
+    Raises:
+      UserError: adapters of layers that are one matrix there.
     """
-    found = {module_name(name): pair for name, pair in _torch_pairs(table, adapters, read).items()}
+    found: Pairs = {}
+    for name, (a, b) in _torch_pairs(table, adapters, read).items():
+        if a.ndim != 2:
+            raise UserError(
+                f"--adapter: {module_name(name)} is one layer in {base}, with adapters of its parts: merge them"
+            )
+        found[module_name(name)] = a, b
     _write_pairs(folder, found, "base_model.model.", "adapter_model")
     config = {
         "peft_type": "LORA",

@@ -26,6 +26,7 @@ from uae_jax.sampling import flow
 from uae_jax.stages import Program, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, decoder, diffusion
+from uae_jax.umm.prompts import Prompts, captions_as_text, merge
 
 PARTS = ("projector", "transformer")
 
@@ -47,7 +48,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     tokenizer = system.load_tokenizer(where / "captioner")
     drawn_by, frozen = system.load_decoder(where, config, mesh)
     modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
-    prompts = diffusion.Prompts.build(tokenizer, config, captioner.config)
+    prompts = Prompts.build(tokenizer, config, captioner.config)
     frozen["start"] = captioner.params
     size = config.data.image_size
     shape = decoder.latent_shape(modules.transformer, modules.vae, size, size)
@@ -62,10 +63,8 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
             clean = decoder.latents_from_moments(batch["moments"], modules.vae, latent_key)
         else:
             clean = decoder.latents_from_pixels(batch["image"], modules.vae, frozen.get("vae"), latent_key)
-        weights = diffusion.merge(
-            {name: frozen[name] for name in (*PARTS, "pooled")}, lora.scaled(params, settings.lora.alpha)
-        )
-        ids, mask = diffusion.captions_as_text(
+        weights = merge({name: frozen[name] for name in (*PARTS, "pooled")}, lora.scaled(params, settings.lora.alpha))
+        ids, mask = captions_as_text(
             batch["tokens"], batch["length"], prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
         )
         states = diffusion.text_states(modules.captioner, frozen["start"], ids, mask)
@@ -86,7 +85,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     params: Params = system.trainable(parts, settings.trainable) if settings.trainable else {}
     if settings.lora.rank:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = diffusion.merge(params, lora.initial(parts, settings.lora.rank, settings.lora.target, key))
+        params = merge(params, lora.initial(parts, settings.lora.rank, settings.lora.target, key))
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
     state = coldstart.initial_state(jax.random.key(config.seed), params, optimizer)
     if settings.ema:
