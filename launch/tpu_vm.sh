@@ -1,9 +1,90 @@
 #!/usr/bin/env bash
-# Runs a config on a TPU VM, from your own machine. Needs gcloud, and this repository installed there:
-#   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --command="pip install 'uae_jax[tpu] @ git+URL'"
-# Usage: launch/tpu_vm.sh NAME ZONE --config=configs/tiny.py --workdir=DIR [--config.FIELD=VALUE]
+# A TPU VM pod slice, or several, by queued resource. From your own machine, with gcloud:
+#
+#   launch/tpu_vm.sh create   --name=NAME --zone=ZONE --type=TYPE [--slices=N] [--spot] [--runtime=VERSION]
+#   launch/tpu_vm.sh describe --name=NAME --zone=ZONE
+#   launch/tpu_vm.sh setup    --name=NAME --zone=ZONE
+#   launch/tpu_vm.sh run      --name=NAME --zone=ZONE [--xla_flags=tpu|none] -- --config=FILE --workdir=DIR [...]
+#   launch/tpu_vm.sh delete   --name=NAME --zone=ZONE
+#
+# create    queues for TYPE (v5litepod-16, v5p-64, v6e-256, ...), --slices of them; --spot ones are cheaper, and may be
+#           taken away. The software version follows from the type unless --runtime names it.
+# describe  tells how far the request has come; go on when its state is ACTIVE.
+# setup     copies the commit that is checked out here to uae_jax/ on every host, and installs it in uae_jax/.venv there.
+# run       starts the program on every host and shows what they print. DIR, and what the config reads, is a path that
+#           all hosts share (Filestore, or a bucket mounted by gcsfuse). After an interruption the same command continues.
+# delete    gives machines and request back, after gcloud has asked.
+#
+# Each takes --project=PROJECT (gcloud's own by default) and --dry_run, which prints the commands and runs nothing.
+# Flags: launch/xla_flags.sh.
 set -euo pipefail
-name=${1:?name of the TPU VM} zone=${2:?its zone}
-shift 2
-printf -v arguments '%q ' "$@"
-exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="python3 -m uae_jax.main $arguments"
+. "$(dirname "$0")/common.sh"
+
+name='' zone='' project='' type='' slices=1 spot=no runtime=''
+case ${1-} in
+  create | describe | setup | run | delete) verb=$1 ;;
+  --help | -h) usage && exit ;;
+  *) fail "'${1-}' is no command: use create, describe, setup, run or delete" ;;
+esac
+shift
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
+    --spot) spot=yes ;;
+    --runtime=*) runtime=${1#*=} ;;
+    --help | -h) usage && exit ;;
+    --) shift && break ;;
+    *) common_option "$1" ;;
+  esac
+  shift
+done
+need name zone
+whole slices
+
+where=("--zone=$zone")
+[ -z "$project" ] || where+=("--project=$project")
+tpus() { call gcloud compute tpus queued-resources "$@" "${where[@]}"; }
+
+case $verb in
+  create)
+    need type
+    case $runtime$type in
+      v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime=v2-alpha-tpuv5 ;;
+      v6e-*) runtime=v2-alpha-tpuv6e ;;
+    esac
+    [ -n "$runtime" ] || fail "--runtime=... is missing: the software version for --type=$type"
+    request=("--accelerator-type=$type" "--runtime-version=$runtime")
+    if [ "$slices" = 1 ]; then
+      request+=("--node-id=$name")
+    else
+      request+=("--node-count=$slices" "--node-prefix=$name")
+    fi
+    [ $spot = no ] || request+=(--spot)
+    tpus create "$name" "${request[@]}"
+    ;;
+  describe) tpus describe "$name" ;;
+  setup)
+    archive=${TMPDIR:-/tmp}/uae_jax-$name.tar.gz
+    call git -C "$(dirname "$0")/.." archive --format=tar.gz "--output=$archive" HEAD
+    tpus scp "$archive" "$name:uae_jax.tar.gz" --node=all --worker=all
+    # uv brings a Python of its own: those of the TPU images are too old.
+    tpus ssh "$name" --node=all --worker=all --command="set -e
+mkdir -p uae_jax && tar -xzf uae_jax.tar.gz -C uae_jax && cd uae_jax
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python=3.12 .venv
+python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu]'"
+    ;;
+  run)
+    program "$@"
+    set_flags=$(flags tpu "${LIBTPU_INIT_ARGS-}")
+    command=(env "LIBTPU_INIT_ARGS=$set_flags" .venv/bin/python -m uae_jax.main "$@")
+    # All hosts at once: in gcloud's batches of 64 the first would wait for the others for ever.
+    tpus ssh "$name" --node=all --worker=all --batch-size=all "--command=cd uae_jax && exec $(quoted "${command[@]}")"
+    ;;
+  delete) tpus delete "$name" --force ;;
+esac
