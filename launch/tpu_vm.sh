@@ -10,9 +10,9 @@
 # create    queues for TYPE (v5litepod-16, v5p-64, v6e-256, ...), --slices of them; --spot ones are cheaper, and may be
 #           taken away. The software version follows from the type unless --runtime names it.
 # describe  tells how far the request has come; go on when its state is ACTIVE.
-# setup     copies the commit that is checked out here to uae_jax/ on every host, and installs it in uae_jax/.venv there.
+# setup     copies the commit that is checked out here to uae_jax/ on every host, and installs it there (uae_jax/.venv).
 # run       starts the program on every host and shows what they print. DIR, and what the config reads, is a path that
-#           all hosts share (Filestore, or a bucket mounted by gcsfuse). After an interruption the same command continues.
+#           all hosts share (Filestore, or a bucket mounted by gcsfuse). After a break the same command continues.
 # delete    gives machines and request back, after gcloud has asked.
 #
 # Each takes --project=PROJECT (gcloud's own by default) and --dry_run, which prints the commands and runs nothing.
@@ -73,11 +73,11 @@ case $verb in
     call git -C "$(dirname "$0")/.." archive --format=tar.gz "--output=$archive" HEAD
     tpus scp "$archive" "$name:uae_jax.tar.gz" --node=all --worker=all
     # uv brings a Python of its own: those of the TPU images are too old.
-    tpus ssh "$name" --node=all --worker=all --command="set -e
-mkdir -p uae_jax && tar -xzf uae_jax.tar.gz -C uae_jax && cd uae_jax
-PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
-python3 -m uv venv --quiet --allow-existing --python=3.12 .venv
-python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu]'"
+    install="mkdir -p uae_jax && tar -xzf uae_jax.tar.gz -C uae_jax && cd uae_jax"
+    install="$install && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv"
+    install="$install && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
+    install="$install && python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu]'"
+    tpus ssh "$name" --node=all --worker=all "--command=$install"
     ;;
   run)
     program "$@"
