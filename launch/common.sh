@@ -47,18 +47,18 @@ common_option() {
 
 # need OPTION...: each has a value.
 need() {
-  local name
-  for name in "$@"; do
-    [ -n "${!name}" ] || fail "--$name=... is missing"
+  local _option
+  for _option in "$@"; do
+    [ -n "${!_option}" ] || fail "--$_option=... is missing"
   done
 }
 
 # whole OPTION...: each is a whole number from 1.
 whole() {
-  local name
-  for name in "$@"; do
-    case ${!name} in
-      '' | 0* | *[!0-9]*) fail "--$name=${!name}: use a whole number from 1" ;;
+  local _option
+  for _option in "$@"; do
+    case ${!_option} in
+      '' | 0* | *[!0-9]*) fail "--$_option=${!_option}: use a whole number from 1" ;;
     esac
   done
 }

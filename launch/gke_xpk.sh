@@ -3,7 +3,7 @@
 #
 #   launch/gke_xpk.sh image    --image=IMAGE
 #   launch/gke_xpk.sh run      WHERE --name=NAME --type=TYPE --image=IMAGE [--slices=N] [--restarts=N]
-#                              [--xla_flags=tpu|none] -- --config=FILE --workdir=DIR [--config.FIELD=VALUE]...
+#                              [--xla_flags=SET] -- --config=FILE --workdir=DIR [--config.FIELD=VALUE]...
 #   launch/gke_xpk.sh describe WHERE --name=NAME
 #   launch/gke_xpk.sh delete   WHERE --name=NAME
 #
@@ -19,6 +19,7 @@
 #
 # Each takes --dry_run, which prints the commands and runs nothing. Flags: launch/xla_flags.sh.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
 cluster='' zone='' project='' name='' type='' image='' slices=1 restarts=''

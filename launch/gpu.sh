@@ -6,6 +6,7 @@
 # Needs `pip install '.[cuda]'` in the environment of `python`. CUDA_VISIBLE_DEVICES chooses among the GPUs. --dry_run
 # prints the command and runs nothing. Flags: launch/xla_flags.sh.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
 while [ $# -gt 0 ]; do

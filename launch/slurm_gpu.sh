@@ -16,6 +16,7 @@
 # Needs `pip install '.[cuda]'` in the environment that is active here. The nodes see the same files, DIR too. Processes
 # find each other by the variables that srun sets. When one dies, srun ends the others.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
 nodes=1 gpus=8 cpus=8 time=1-00:00:00 partition='' account='' name=uae_jax

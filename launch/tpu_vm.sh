@@ -4,7 +4,7 @@
 #   launch/tpu_vm.sh create   --name=NAME --zone=ZONE --type=TYPE [--slices=N] [--spot] [--runtime=VERSION]
 #   launch/tpu_vm.sh describe --name=NAME --zone=ZONE
 #   launch/tpu_vm.sh setup    --name=NAME --zone=ZONE
-#   launch/tpu_vm.sh run      --name=NAME --zone=ZONE [--xla_flags=tpu|none] -- --config=FILE --workdir=DIR [...]
+#   launch/tpu_vm.sh run      --name=NAME --zone=ZONE [--xla_flags=SET] -- --config=FILE --workdir=DIR [...]
 #   launch/tpu_vm.sh delete   --name=NAME --zone=ZONE
 #
 # create    queues for TYPE (v5litepod-16, v5p-64, v6e-256, ...), --slices of them; --spot ones are cheaper, and may be
@@ -18,6 +18,7 @@
 # Each takes --project=PROJECT (gcloud's own by default) and --dry_run, which prints the commands and runs nothing.
 # Flags: launch/xla_flags.sh.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
 name='' zone='' project='' type='' slices=1 spot=no runtime=''
