@@ -5,14 +5,19 @@
 #   launch/tpu_vm.sh describe --name=NAME --zone=ZONE
 #   launch/tpu_vm.sh setup    --name=NAME --zone=ZONE
 #   launch/tpu_vm.sh run      --name=NAME --zone=ZONE [--xla_flags=SET] -- --config=FILE --workdir=DIR [...]
+#   launch/tpu_vm.sh logs     --name=NAME --zone=ZONE
+#   launch/tpu_vm.sh stop     --name=NAME --zone=ZONE
 #   launch/tpu_vm.sh delete   --name=NAME --zone=ZONE
 #
 # create    queues for TYPE (v5litepod-16, v5p-64, v6e-256, ...), --slices of them; --spot ones are cheaper, and may be
 #           taken away. The software version follows from the type unless --runtime names it.
 # describe  tells how far the request has come; go on when its state is ACTIVE.
 # setup     copies the commit that is checked out here to uae_jax/ on every host, and installs it there (uae_jax/.venv).
-# run       starts the program on every host and shows what they print. DIR, and what the config reads, is a path that
-#           all hosts share (Filestore, or a bucket mounted by gcsfuse). After a break the same command continues.
+# run       starts the program on every host, where it goes on without this machine. DIR, and what the config reads, is
+#           a path that all hosts share (Filestore, or a bucket mounted by gcsfuse). After a break the same command
+#           continues.
+# logs      follows what the first host prints (uae_jax/run.log; every host has its own).
+# stop      asks the run to save and to exit.
 # delete    gives machines and request back, after gcloud has asked.
 #
 # Each takes --project=PROJECT (gcloud's own by default) and --dry_run, which prints the commands and runs nothing.
@@ -23,9 +28,9 @@ set -euo pipefail
 
 name='' zone='' project='' type='' slices=1 spot=no runtime=''
 case ${1-} in
-  create | describe | setup | run | delete) verb=$1 ;;
+  create | describe | setup | run | logs | stop | delete) verb=$1 ;;
   --help | -h) usage && exit ;;
-  *) fail "'${1-}' is no command: use create, describe, setup, run or delete" ;;
+  *) fail "'${1-}' is no command: use create, describe, setup, run, logs, stop or delete" ;;
 esac
 shift
 while [ $# -gt 0 ]; do
@@ -84,8 +89,14 @@ case $verb in
     program "$@"
     set_flags=$(flags tpu "${LIBTPU_INIT_ARGS-}")
     command=(env "LIBTPU_INIT_ARGS=$set_flags" .venv/bin/python -m uae_jax.main "$@")
-    # All hosts at once: in gcloud's batches of 64 the first would wait for the others for ever.
-    tpus ssh "$name" --node=all --worker=all --batch-size=all "--command=cd uae_jax && exec $(quoted "${command[@]}")"
+    # In the background: gcloud reaches 64 hosts at a time, and these would wait for the others before it goes on.
+    start="cd uae_jax && { nohup $(quoted "${command[@]}") >>run.log 2>&1 </dev/null & }"
+    tpus ssh "$name" --node=all --worker=all "--command=$start"
+    ;;
+  logs) tpus ssh "$name" --node=0 --worker=0 "--command=tail -n 100 -F uae_jax/run.log" ;;
+  stop)
+    # The brackets keep the pattern from matching the shell that runs it.
+    tpus ssh "$name" --node=all --worker=all "--command=pkill -TERM -f '[u]ae_jax.main' || echo nothing runs here"
     ;;
   delete) tpus delete "$name" --force ;;
 esac

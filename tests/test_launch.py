@@ -32,6 +32,8 @@ CASES = {
     "describe": ["tpu_vm.sh", "describe", *POD],
     "setup": ["tpu_vm.sh", "setup", *POD],
     "run": ["tpu_vm.sh", "run", *POD, "--", *PROGRAM],
+    "logs": ["tpu_vm.sh", "logs", *POD],
+    "stop": ["tpu_vm.sh", "stop", *POD],
     "delete": ["tpu_vm.sh", "delete", *POD],
     "gke run": ["gke_xpk.sh", "run", *JOB, "--type=v5p-64", "--slices=2", "--restarts=3", "--image=i", "--", *PROGRAM],
     "gke describe": ["gke_xpk.sh", "describe", *JOB],
@@ -125,7 +127,7 @@ def test_the_program_gets_its_arguments_and_flags(machine, case, variable, chose
         given = next(word for word in calls[0]["argv"] if word.startswith("--env="))
         machine.environment |= dict([given.removeprefix("--env=").split("=", 1)])
     if case != "gpu":
-        done, calls = machine("sh", "-euc", remote(calls[0]))
+        done, calls = machine("sh", "-euc", f"{remote(calls[0])}\nwait")
         assert done.returncode == 0, done.stderr
     (call,) = calls
     assert call["argv"][call["argv"].index("-m") :] == ["-m", "uae_jax.main", *PROGRAM]
@@ -147,7 +149,7 @@ def test_many_nodes_and_slices(machine):
     assert {"--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"} <= set(words("slurm"))
     assert {"--node-id=pod", "--spot", "--runtime-version=v2-alpha-tpuv5"} <= set(words("create"))
     assert {"--node-count=4", "--node-prefix=pod", "--runtime-version=v2-alpha-tpuv6e"} <= set(words("create slices"))
-    assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(words("run"))
+    assert {"--node=all", "--worker=all"} <= set(words("run"))
     assert "--num-slices=2" in words("gke run")
 
 
