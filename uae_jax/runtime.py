@@ -92,6 +92,16 @@ def prepare() -> None:
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
 
 
+def environment() -> dict[str, Any]:
+    """What shapes the compiled program beside the config: versions, devices, and the compiler flags that are set."""
+    import jax
+    import jaxlib
+
+    flags_set = {name: os.environ[name] for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") if os.environ.get(name)}
+    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "devices": devices, "flags": flags_set}
+
+
 def keep_memory() -> None:
     """Asks glibc to keep freed memory: XLA's CPU buffers are otherwise mapped and unmapped at every step.
 

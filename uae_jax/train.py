@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax import checkpoint, sharding, storage
+from uae_jax import checkpoint, runtime, sharding, storage
 from uae_jax import config as configs
 from uae_jax.data import sources
 from uae_jax.metrics import Writer
@@ -33,6 +33,7 @@ def run(config: Any, workdir: Path) -> None:
         checkpoint.check_config(folder_of_stage, config.to_dict(), configs.MAY_DIFFER)
         program = build(stage, config, workdir, mesh)
         checkpoint.write_config(folder_of_stage, config.to_dict())
+        checkpoint.write_environment(folder_of_stage, runtime.environment())
         if not loop(program, config, folder_of_stage, mesh):
             return
 
