@@ -18,6 +18,7 @@ from uae_jax.models import apply
 from uae_jax.models.janus.config import Config
 from uae_jax.models.janus.model import Janus
 from uae_jax.models.qwen2_5_vl.prompts import Prompt
+from uae_jax.models.vae.pieces import sliced
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Segment
 from uae_jax.umm import Family, Params, Trajectory, caption
@@ -123,7 +124,7 @@ def build(
         return Prompt(*pair)
 
     def redraw(
-        params: Params, frozen: Params, captions: Segment, images: jax.Array, keys: jax.Array
+        params: Params, frozen: Params, captions: Segment, _images: jax.Array, keys: jax.Array
     ) -> tuple[jax.Array, Trajectory]:
         weights = full(params, frozen) if live else frozen["start"]
         if drawn.same_noise:
@@ -134,7 +135,12 @@ def build(
             allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
-        return apply(model, weights, segment.actions, method="decode_codes"), {"image": segment}
+
+        def pixels(codes: jax.Array) -> jax.Array:
+            return apply(model, weights, codes, method="decode_codes")
+
+        images = sliced(pixels, segment.actions, axis=1) if drawn.slice_vae else pixels(segment.actions)
+        return images, {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]
