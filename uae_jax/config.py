@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
 
-STAGES = ("tower", "captioner", "decoder", "rl")
+STAGES = ("tower", "bench_tower", "captioner", "decoder", "rl")
 
 # Fields that may change between a run and its continuation in the same workdir.
 MAY_DIFFER = ("stage", "steps", "checkpoint", "eval")
@@ -21,7 +21,7 @@ def default() -> ConfigDict:
     """The base of all configs."""
     c = ConfigDict()
 
-    c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
+    c.stage = "rl"  # what to run: tower, bench_tower, captioner, decoder (cold start), rl; several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
     c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
