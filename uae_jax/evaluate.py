@@ -67,6 +67,8 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, "\n", FLAGS.get_help(), sep="")
         return
+    for name in FLAGS:
+        FLAGS[name].unparse()  # of an earlier call in this process
     try:
         rest = FLAGS(arguments)[1:]
     except flags.Error as error:
