@@ -45,6 +45,26 @@ def load_config(workdir: Path) -> Any:
         raise UserError(f"--workdir: {path} cannot be read ({error}): name the workdir of an rl run") from None
 
 
+def restored(config: Any, workdir: Path | None, mesh: Any) -> tuple[Any, Any, int]:
+    """(system, parameters, step): of the newest checkpoint of a run, or where one begins.
+
+    Raises:
+      UserError: the weights that the config names do not fit.
+    """
+    from uae_jax import checkpoint, sharding, system
+    from uae_jax.stages import rl
+
+    built = system.load(config, mesh)
+    state, _ = rl.start(config, built)
+    step = 0
+    if workdir is not None and (workdir / "checkpoints").is_dir():
+        with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
+            found = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
+        if found is not None:
+            state, step = found
+    return built, state.params, step
+
+
 def reconstruct(workdir: Path, paths: list[str], out: Path, **sampling: Any) -> None:
     """Captions, redraws and scores `paths` with the newest weights of a run.
 
@@ -57,11 +77,10 @@ def reconstruct(workdir: Path, paths: list[str], out: Path, **sampling: Any) -> 
     import jax
     import numpy as np
 
-    from uae_jax import checkpoint, pictures, sharding, storage, system
+    from uae_jax import pictures, sharding, storage
     from uae_jax.bench.held_out import Evaluator
     from uae_jax.data import images
     from uae_jax.data.text import decode_captions
-    from uae_jax.stages import rl
 
     config = load_config(workdir)
     places = {"max_tokens": config.rl, "seed": config}
@@ -80,17 +99,10 @@ def reconstruct(workdir: Path, paths: list[str], out: Path, **sampling: Any) -> 
     config.eval.batch_size = len(jax.devices()) * -(-len(usable) // len(jax.devices()))
     config.mesh = {"data": -1, "fsdp": 1}
     mesh = sharding.make_mesh(config)
-    built = system.load(config, mesh)
-    state, _ = rl.start(config, built)
-    step = 0
-    if (workdir / "checkpoints").is_dir():
-        with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
-            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
-        if restored is not None:
-            state, step = restored
+    built, params, step = restored(config, workdir, mesh)
     evaluator = Evaluator(config, built, mesh, np.stack(arrays))
-    tokens, mask, _ = evaluator.write(state.params)
-    drawn = evaluator.draw(state.params, tokens, mask)
+    tokens, mask, _ = evaluator.write(params)
+    drawn = evaluator.draw(params, tokens, mask)
     rows, captions = [], []
     print(f"weights of step {step}")
     for i, text in enumerate(decode_captions(built.tokenizer, tokens, mask)):

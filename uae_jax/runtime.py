@@ -20,6 +20,20 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
     """The config of `--config=FILE --config.FIELD=VALUE`.
 
     Raises:
+      UserError: see `parse_flags`; or there is no config, or anything that is no flag.
+    """
+    rest = parse_flags(values, arguments)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: fields are changed by --config.FIELD=VALUE")
+    if values.config is None:
+        raise UserError("no config: name one by --config=FILE, for example --config=configs/tiny.py")
+    return values.config
+
+
+def parse_flags(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Sets flags, a config's fields among them; returns the arguments that are none.
+
+    Raises:
       UserError: a flag or field that does not exist, a value of the wrong type, a config file that cannot be read.
     """
     if "--help" in arguments or "-h" in arguments:
@@ -30,7 +44,7 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
         if file and not Path(file[1]).is_file():
             raise UserError(f"--config: there is no file {file[1]!r}")
     try:
-        rest = values(arguments)
+        return values(arguments)[1:]
     except (AttributeError, KeyError) as error:
         raise UserError(unknown_field(arguments, str(error))) from None
     except flags.Error as error:
@@ -39,11 +53,6 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
         raise UserError(f"a --config value has the wrong type: {' '.join(str(error).split())}") from None
     except (SyntaxError, ImportError, NameError) as error:
         raise UserError(f"--config: the file is not a config ({type(error).__name__}: {error})") from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: fields are changed by --config.FIELD=VALUE")
-    if values.config is None:
-        raise UserError("no config: name one by --config=FILE, for example --config=configs/tiny.py")
-    return values.config
 
 
 def unknown_field(arguments: list[str], error: str) -> str:

@@ -1,7 +1,7 @@
 """Pictures for Unified-Bench by a unified multimodal model: captions, its own or any captioner's, redrawn.
 
-Beside the redraws stand controls, drawn from the same noise: the caption of another picture, no caption, and captions of
-one length.
+Beside the redraws stand controls, drawn from the same noise: the caption of another picture, no caption, and captions
+of one length.
 """
 
 import json
@@ -35,37 +35,41 @@ class Captions(NamedTuple):
         return (self.mask & (self.tokens != end_token)).sum(1)
 
 
+class Canvas(NamedTuple):
+    """A model before n pictures: it captions them, and draws them always from the same noise."""
+
+    write: Callable[[], Captions]
+    draw: Callable[[Captions], np.ndarray]  # redraws in 0..1 [n, size, size, 3]
+
+
 class Redrawer(NamedTuple):
-    """A model that captions and draws n pictures, always from the same noise."""
+    """A model that captions and draws."""
 
     size: int  # pixels of each side of what it sees and draws
     most_tokens: int  # of a caption, its end token included
     end_token: int
     encode: Callable[[str], list[int]]
     decode: Callable[[Captions], list[str]]
-    write: Callable[[np.ndarray], Captions]  # of pictures uint8 [n, size, size, 3]
-    draw: Callable[[np.ndarray, Captions], np.ndarray]  # pictures and captions -> redraws in 0..1 [n, size, size, 3]
+    before: Callable[[np.ndarray], Canvas]  # pictures uint8 [n, size, size, 3]
 
 
 def redrawer(config: Any, system: System, mesh: jax.sharding.Mesh, params: Params) -> Redrawer:
     """The model of a run or of a folder of weights, with the captions of `config.eval`."""
-    tokenizer, end = system.tokenizer, system.prompts.end_token
-    opened: dict[int, Evaluator] = {}  # programs are compiled once for a set of pictures
 
-    def evaluator(pictures: np.ndarray) -> Evaluator:
-        if id(pictures) not in opened:
-            opened.clear()
-            opened[id(pictures)] = Evaluator(config, system, mesh, pictures)
-        return opened[id(pictures)]
+    def before(pictures: np.ndarray) -> Canvas:
+        evaluator = Evaluator(config, system, mesh, pictures)
+        return Canvas(
+            write=lambda: Captions(*evaluator.write(params)[:2]),
+            draw=lambda captions: evaluator.draw(params, *captions)["image"],
+        )
 
     return Redrawer(
         size=config.data.image_size,
         most_tokens=config.rl.max_tokens,
-        end_token=end,
-        encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        decode=lambda captions: decode_captions(tokenizer, *captions),
-        write=lambda pictures: Captions(*evaluator(pictures).write(params)[:2]),
-        draw=lambda pictures, captions: evaluator(pictures).draw(params, *captions)["image"],
+        end_token=system.prompts.end_token,
+        encode=lambda text: system.tokenizer.encode(text, add_special_tokens=False).ids,
+        decode=lambda captions: decode_captions(system.tokenizer, *captions),
+        before=before,
     )
 
 
@@ -169,9 +173,11 @@ def run(
     Also writes the model's own captions (captions.jsonl), and every redraw, a folder a control.
 
     Args:
-      captions: of any captioner, instead of the model's own.
+      sources: folder of pictures.
+      model: draws, and captions where `captions` does not.
+      towers, out, compat, batch_size: as for `unified_bench.run`.
+      captions: a file of any captioner's (`caption_duel.read_captions`), instead of the model's own.
       against: a second captioner's, for a paired comparison under the same decoder.
-      See `unified_bench.run` for the others.
 
     Raises:
       UserError: as `unified_bench.run`; or a file of captions cannot be read, or fits no source.
@@ -182,9 +188,10 @@ def run(
     files = {"redrawn": captions} | ({"against": against} if against else {})
     given = {name: matched(path, found) for name, path in files.items() if path is not None}
     seen = np.stack([images.fit(unified_bench.opener(compat)(path), model.size) for path in found.usable])
+    canvas = model.before(seen)
     texts: dict[str, Captions] = {}
     if captions is None:
-        texts["redrawn"] = model.write(seen)
+        texts["redrawn"] = canvas.write()
         own = zip(found.usable, model.decode(texts["redrawn"]), strict=True)
         lines = [json.dumps({"file_name": p.relative_to(sources).as_posix(), "text": text}) for p, text in own]
         storage.write_atomic(out / "captions.jsonl", ("\n".join(lines) + "\n").encode())
@@ -197,7 +204,7 @@ def run(
     systems = {}
     drawn = variants(texts, present, model.end_token)
     for name, tokens in drawn.items():
-        pictures = model.draw(seen, tokens)
+        pictures = canvas.draw(tokens)
         chosen = {}
         for i in np.flatnonzero(present[name.split("/")[0]]):
             chosen[found.usable[i]] = target = out / name.replace("/", "_") / places[i]
@@ -211,9 +218,7 @@ def run(
     result["captions"] = {
         name: {
             "tokens": float(drawn[name].lengths(model.end_token)[present[name]].mean()),
-            "tokens_at_same_length": float(
-                drawn[f"{name}/same_length"].lengths(model.end_token)[present[name]].mean()
-            ),
+            "tokens_at_same_length": float(drawn[f"{name}/same_length"].lengths(model.end_token)[present[name]].mean()),
             "cut": int((tokens.mask[:, -1] & (tokens.tokens[:, -1] != model.end_token)).sum()),
             "of_no_source": given[name][1] if name in given else [],
         }

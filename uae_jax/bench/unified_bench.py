@@ -115,7 +115,9 @@ def read_sources(root: Path, compat: bool) -> Sources:
     found = pairing.find(root, "--sources")
     sizes, bad = measured(found, compat)
     if not sizes:
-        raise UserError(f"--sources: none of the {len(found)} pictures in {root} can be read ({next(iter(bad.values()))})")
+        raise UserError(
+            f"--sources: none of the {len(found)} pictures in {root} can be read ({next(iter(bad.values()))})"
+        )
     return Sources(root, list(sizes), bad, sizes)
 
 
