@@ -192,7 +192,7 @@ def save(folder: Path, how: Processing) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [round(float(x), 8) for x in how.mean],
-        "image_std": [round(float(x), 8) for x in how.std],
+        "image_mean": [float(str(x)) for x in how.mean],
+        "image_std": [float(str(x)) for x in how.std],
     }
     storage.write_atomic(folder / FILES[0], (json.dumps(values, indent=2) + "\n").encode())

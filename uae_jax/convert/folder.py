@@ -43,6 +43,7 @@ class Architecture(NamedTuple):
     table: Callable[[Any], list[tables.Entry]]
     canonical: Callable[[str], str] = lambda name: name  # a tensor's name in the table, where releases differ
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
+    buffers: tuple[str, ...] = ()  # no weights, in files of early releases: left out
 
 
 # by the class that config.json names
@@ -53,14 +54,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
-    "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
-    "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
-    "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
+    "CLIPModel": Architecture(clip_config.Config, clip_weights.table, buffers=clip_weights.BUFFERS),
+    "CLIPTextModel": Architecture(
+        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text, buffers=clip_weights.BUFFERS
+    ),
+    "CLIPTextModelWithProjection": Architecture(
+        clip_config.TextModelConfig, clip_weights.text_table, buffers=clip_weights.BUFFERS
+    ),
     "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table),
     "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table),
     "DINOv3ViTModel": Architecture(dinov3_config.Config, dinov3_weights.table, dinov3_weights.canonical),
-    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table),
-    "SiglipVisionModel": Architecture(siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision),
+    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table, buffers=clip_weights.BUFFERS),
+    "SiglipVisionModel": Architecture(
+        siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision, buffers=clip_weights.BUFFERS
+    ),
     "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, ties=t5_weights.ties),
     "Projector": Architecture(projector.Config, projector.table),
     "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
@@ -134,6 +141,7 @@ def open_model(folder: Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
     stem, headers, problems = files.read_headers(folder)
+    headers = {name: header for name, header in headers.items() if name not in known.buffers}
     problems += [
         f"type of {name}: expected one of {', '.join(files.DTYPES)}, found {header.dtype}"
         for name, header in headers.items()
