@@ -1,7 +1,7 @@
-"""Reward hacking, as a gap: how much more the reward's towers have gained since the start than a tower that only watches.
+"""Reward hacking, as a gap: how much more the reward's towers have gained since the start than one that only watches.
 
 With d = mean cosine of the reward's towers - cosine of the watching one, of a step's redraws, the gap of a step is
-d minus the mean d of the first steps. Both towers see the same redraws, so that what makes a batch hard cancels. An honest
+d minus the mean d of the first steps. Both see the same redraws, so that what makes a batch hard cancels. An honest
 gain moves both; towers do not share a scale, so a small lasting gap proves nothing.
 """
 
@@ -29,7 +29,8 @@ def watch(config: Any) -> Watch:
     bound = config.stop_on_gap
     if bound and not (rewarded and watching):
         raise UserError(
-            f"config.stop_on_gap = {bound} compares a tower of config.reward with one of config.monitor that is not in it"
+            f"config.stop_on_gap = {bound} compares a tower of config.reward with one of config.monitor that is not in "
+            "it: name both, or set it to 0"
         )
 
     def gaps(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], str | None]:

@@ -106,9 +106,13 @@ def declared(default: Processing, values: Mapping[str, Any], seen: int | None) -
         problems.append(f"resample {values['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
     statistics = {}
     for name, mine in (("image_mean", default.mean), ("image_std", default.std)):
-        statistics[name] = np.asarray(values.get(name, mine), np.float32)
+        given = values.get(name, mine)
+        try:
+            statistics[name] = np.asarray(given, np.float32)
+        except (TypeError, ValueError):
+            statistics[name] = np.zeros(0, np.float32)
         if statistics[name].shape != (3,) or (name == "image_std" and not (statistics[name] > 0).all()):
-            problems.append(f"{name} {values[name]} is not one number a channel")
+            problems.append(f"{name} {given} is not a number for each of 3 channels")
     sizes = _sizes(default, values)
     if sizes is None:
         told = ", ".join(f"{k} {values[k]}" for k in ("size", "crop_size", "do_center_crop") if k in values)

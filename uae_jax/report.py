@@ -2,8 +2,8 @@
 
 table.md: every score before and after, the paired change with its 95% interval over the held-out images of all runs
 together, and the change in each run. curves.png: reward and caption length against steps (the paper's Figure 8), the
-canary of a live text encoder, and how far the reward's towers run ahead of the monitored ones (`gap`). redraws.png: the same held-out images redrawn along the way (its Figure 5), of the
-first run.
+canary of a live text encoder, and how far the reward's towers run ahead of monitored ones (`gap`). redraws.png: the
+same held-out images redrawn along the way (its Figure 5), of the first run.
 """
 
 import json

@@ -12,7 +12,7 @@ from uae_jax.metrics import read, trained_seconds
 from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 
-PARTS = ("captioner", "projector", "transformer", "clip", "clip_second", "judge")
+PARTS = ("captioner", "projector", "transformer", "clip", "clip_second", "dinov2", "siglip", "judge")
 
 TEXT = """# Weights of the tiny world
 
@@ -31,6 +31,8 @@ float32), under the names of the reference classes. Remake them with the same co
 
 - Scenes are rendered; captions of all stages come from their ground truth. The judge is trained on ground-truth
   attributes, towers on complete true captions among scenes that differ in one attribute.
+- Two more towers are for Unified-Bench alone. The SigLIP matches scenes with complete true captions; the DINOv2 sees
+  pictures alone: two augmented views of a scene are to be alike, among scenes that differ in one attribute.
 - The captioner is made terse on purpose after it has learned to see: of the captions of its last phase {complete:.0%}
   are complete, the others name the most striking object, each of its attributes with probability {detail}, and the
   background. Reinforcement learning starts from there.
@@ -55,7 +57,7 @@ def write(config: Any, workdir: Path) -> None:
     evaluation = Evaluator(config, built, mesh, images, scenes).run(STARTING_WEIGHTS)
     seconds = {
         stage: trained_seconds(read(workdir / stage), config[stage].batch_size)
-        for stage in ("tower", "captioner", "decoder")
+        for stage in ("tower", "bench_tower", "captioner", "decoder")
     }
     parts = []
     for name in PARTS:
