@@ -28,6 +28,9 @@ from uae_jax.step import Metrics, State
 
 TEMPERATURE = 0.1  # of the views' cosines
 START_SCALE, START_BIAS = np.log(10.0), -10.0  # of SigLIP's logits: at first nothing matches
+# Positions start this much louder than the models' own initialisation: neither has CLIP's norm before its layers, and
+# patches that are as loud as these drown positions of 0.02. A tower so begun never learnt where an object stands.
+LOUDER = 25.0
 
 
 def agree(dino: DINOv2, how: pixels.Processing, params: Any, views: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,6 +79,8 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     blank, tokens = jnp.zeros((1, size, size, 3)), jnp.zeros((1, grammar.LONGEST + 1), jnp.int32)
     params = {"dinov2": initial(dino, keys[0], blank), "siglip": initial(siglip, keys[1], blank, tokens)}
     params["siglip"] |= {"logit_scale": jnp.full(1, START_SCALE), "logit_bias": jnp.full(1, START_BIAS)}
+    params["dinov2"]["position_embeddings"] *= LOUDER
+    params["siglip"]["vision"]["position_embedding"] *= LOUDER
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
 
     def finish(state: State, writer: Any) -> None:
