@@ -161,8 +161,8 @@ def get_config() -> ConfigDict:
     config.tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
 
     config.bench_tower = ConfigDict()
-    config.bench_tower.steps = 900
-    config.bench_tower.batch_size = 96
+    config.bench_tower.steps = 600
+    config.bench_tower.batch_size = 48
     config.bench_tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
 
     config.captioner = ConfigDict()
