@@ -9,6 +9,7 @@ two minutes on two CPU cores.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -24,7 +25,7 @@ flags.DEFINE_integer("images", 100, "held-out scenes", lower_bound=2, flag_value
 TOWERS = ("clip", "clip_second", "dinov2", "siglip")  # the first is the reward
 
 
-def render(config: object, count: int, out: Path) -> None:
+def render(config: Any, count: int, out: Path) -> None:
     """Writes the first held-out scenes of a run."""
     from uae_jax.data.shapes.scene import split_seed
     from uae_jax.data.sources import ShapesSource
