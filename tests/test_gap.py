@@ -82,6 +82,7 @@ def test_a_hacked_run_stops_saved_and_stays_stopped(tmp_path):
         assert not train.loop(program(0.3), settings, tmp_path / "hack", mesh)
         lines = metrics.read(tmp_path / "hack")
         assert [line["step"] for line in lines] == list(range(1, last + 1))
+        assert (tmp_path / "hack/checkpoints" / str(last)).is_dir()
     assert ended == [last, last]
     assert lines[-1]["gap/dinov2"] == pytest.approx(0.5, abs=1e-6) and abs(lines[HACKED - 2]["gap/dinov2"]) < 1e-6
     # A bound that is not reached: it goes on from where it was.
