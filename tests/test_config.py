@@ -21,6 +21,7 @@ WRONG = [
     ({"text_encoder": "thawed"}, "text_encoder"),
     ({"dtype": "float16"}, "dtype"),
     ({"steps": -1}, "steps"),
+    ({"stop_on_gap": -0.1}, "stop_on_gap"),
     ({"trainable": "language/(.*"}, "trainable"),
     ({"lora.rank": -1}, "lora.rank"),
     ({"lora.alpha": 0.0}, "lora.alpha"),
@@ -86,6 +87,7 @@ RULES = ("validate", "_validate_optimizer", "_validate_pairs")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
+    {"stop_on_gap": 0.2},
     {"rl.beta": 0.0},
     {"rl.advantage_eps": 0.0},
     {"rl.microbatches": 4},

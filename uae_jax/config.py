@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
 
-STAGES = ("tower", "captioner", "decoder", "tokenizer", "joint", "rl")
+STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", "rl")
 PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("stage", "steps", "checkpoint", "eval")
+MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "stop_on_gap")
 
 
 def default() -> ConfigDict:
@@ -84,6 +84,7 @@ def default() -> ConfigDict:
     # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
+    c.stop_on_gap = 0.0  # stop once the reward's towers gain so much more than a monitored one (`gap`); 0: never
 
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
@@ -235,6 +236,7 @@ def validate(c: ConfigDict) -> None:
     _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
+    _require(c.stop_on_gap >= 0, "stop_on_gap", c.stop_on_gap, "must not be negative; 0 never stops")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
     _require(
         c.redraw.distilled_guidance >= 0,

@@ -52,6 +52,7 @@ class Architecture(NamedTuple):
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
     unused: Callable[[str], bool] = lambda name: False  # tensors that a file may hold and the model does not read
     module_name: Callable[[str], str] = lambda name: name  # of a tensor in transformers' class, where files differ
+    buffers: tuple[str, ...] = ()  # no weights, in files of early releases: left out
 
 
 # by the class that config.json names
@@ -71,14 +72,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
     "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table),
-    "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
-    "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
-    "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
+    "CLIPModel": Architecture(clip_config.Config, clip_weights.table, buffers=clip_weights.BUFFERS),
+    "CLIPTextModel": Architecture(
+        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text, buffers=clip_weights.BUFFERS
+    ),
+    "CLIPTextModelWithProjection": Architecture(
+        clip_config.TextModelConfig, clip_weights.text_table, buffers=clip_weights.BUFFERS
+    ),
     "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table),
     "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table),
     "DINOv3ViTModel": Architecture(dinov3_config.Config, dinov3_weights.table, dinov3_weights.canonical),
-    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table),
-    "SiglipVisionModel": Architecture(siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision),
+    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table, buffers=clip_weights.BUFFERS),
+    "SiglipVisionModel": Architecture(
+        siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision, buffers=clip_weights.BUFFERS
+    ),
     "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, ties=t5_weights.ties),
     "Projector": Architecture(projector.Config, projector.table),
     "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
@@ -158,6 +165,7 @@ def open_model(folder: Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
     stem, headers, problems = files.read_headers(folder)
+    headers = {name: header for name, header in headers.items() if name not in known.buffers}
     problems += [
         f"type of {name}: expected one of {', '.join(files.DTYPES)}, found {header.dtype}"
         for name, header in headers.items()

@@ -11,7 +11,7 @@ from uae_jax.data.shapes import tokenizer as shapes_tokenizer
 from uae_jax.errors import UserError
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from uae_jax.stages import Program, captioner, coldstart, decoder, joint, pairs, rl, tower
+from uae_jax.stages import Program, bench_tower, captioner, coldstart, decoder, joint, pairs, rl, tower
 from uae_jax.stages import tokenizer as vq_tokenizer
 from uae_jax.umm import caption, diffusion
 from uae_jax.umm import decoder as drawing
@@ -49,6 +49,8 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     prompts = Prompts.build(tokenizer, config, sizes)
     if stage == "tower":
         return tower.build(config, workdir, tokenizer, prompts.end_token)
+    if stage == "bench_tower":
+        return bench_tower.build(config, workdir, tokenizer, prompts.end_token)
     if stage == "captioner":
         allowed = caption.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
         family = diffusion.build(modules, prompts, allowed, config, mesh)
