@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax import lora
+from uae_jax import lora, sharding
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.janus.config import Config
@@ -120,8 +120,7 @@ def build(
         if drawn.guidance == 1.0:
             return prompt
         other = unconditional(prompt, c.pad_token_id)
-        pair = [jnp.stack(x) for x in zip(prompt[:4], other[:4], strict=True)]
-        return Prompt(*pair)
+        return jax.tree.map(lambda *branches: jnp.stack(branches), prompt, other)
 
     def redraw(
         params: Params, frozen: Params, captions: Segment, _images: jax.Array, keys: jax.Array
@@ -135,9 +134,11 @@ def build(
             allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
+        # Convolutions with split kernels would have the partitioner put the whole batch on every device.
+        painter = weights | {"vq": sharding.decode_view(weights["vq"], mesh, model.dtype)}
 
         def pixels(codes: jax.Array) -> jax.Array:
-            return apply(model, weights, codes, method="decode_codes")
+            return apply(model, painter, codes, method="decode_codes")
 
         images = sliced(pixels, segment.actions, axis=1) if drawn.slice_vae else pixels(segment.actions)
         return images, {"image": segment}
