@@ -33,9 +33,7 @@ def get_config() -> ConfigDict:
     )
 
     config.tokenizer = ConfigDict()
-    config.tokenizer.steps = 3000  # in which codes are learned
-    config.tokenizer.draw_steps = 1500  # in which they stay as they are, and the decoder learns to draw them
-    config.tokenizer.draw_learning_rate = 1e-3  # falls to 0 over the latter
+    config.tokenizer.steps = 3000
     config.tokenizer.batch_size = 16
     config.tokenizer.object_weight = 4.0  # of errors on objects, against the background's 1
     config.tokenizer.absolute = 0.2  # weight of absolute errors beside the squared ones, which alone leave edges soft

@@ -30,8 +30,7 @@ def config(**changes):
     c.models.tokenizer.channel_multiplier = [1, 1]
     c.models.tokenizer.num_embeddings = 64
     c.models.tokenizer.latent_channels = 32
-    c.tokenizer.steps = STEPS - 20
-    c.tokenizer.draw_steps = 20
+    c.tokenizer.steps = STEPS
     c.tokenizer.batch_size = 16
     c.tokenizer.optimizer.learning_rate = 1e-2
     c.tokenizer.optimizer.warmup = 4
@@ -50,27 +49,18 @@ def test_it_learns_to_draw_scenes_through_codes(tmp_path):
     assert ((np.asarray(drawn) - images) ** 2).mean() < 0.3 * images.var((0, 1, 2)).mean()
 
 
-def test_what_a_step_moves():
+def test_pixels_reach_the_encoder_through_codes_and_unused_codes_are_placed():
     # Without the pull to the codes, only the straight-through gradient moves the encoder.
     program = tokenizer.build(config(tokenizer__commitment=0.0, tokenizer__optimizer__warmup=0), Path())
     batch = program.batches[0]
     before = jax.device_get(program.state.params["tokenizer"])
-    step = jax.jit(program.step)
-    state, metrics = step(program.state, {}, batch)
+    state, metrics = jax.jit(program.step)(program.state, {}, batch)
     after = jax.device_get(state.params["tokenizer"])
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before["encoder"]["conv_in"], after["encoder"]["conv_in"])
     assert min(moved.values()) > 0
     placed = (np.abs(np.linalg.norm(after["codebook"], axis=-1) - 1) < 1e-5).sum()
     assert 0 < metrics["codes/restarted"] == placed
     assert (state.params["usage"] >= 1).all()
-
-    # Once codes are learned they stay, whatever momentum the optimizer has; the decoder goes on.
-    state, metrics = step(state.replace(step=jnp.int32(STEPS - 20)), {}, batch)
-    last = jax.device_get(state.params["tokenizer"])
-    for name in tokenizer.OF_CODES:
-        jax.tree.map(np.testing.assert_array_equal, last[name], after[name])
-    assert metrics["codes/restarted"] == 0
-    assert np.abs(last["decoder"]["conv_out"]["kernel"] - after["decoder"]["conv_out"]["kernel"]).max() > 0
 
 
 def test_dead_codes_restart_where_latents_are_badly_met():

@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: a VQ tokenizer learns codes for scenes; then these stay as they are, and it learns to draw them.
+"""Stage `tokenizer`: a VQ tokenizer learns to draw scenes through its codes.
 
 Pixels and codebook alone (van den Oord et al. 2017, with directions for latents as in Yu et al. 2021): scenes are flat
 colours, for which neither an adversary nor a perceptual network is needed.
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from uae_jax import optimizers
 from uae_jax.convert import folder
@@ -20,7 +19,6 @@ from uae_jax.stages import Program, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params
 
-OF_CODES = ("encoder", "quant_conv", "codebook")  # the parameters that say which codes an image has
 MEMORY = 0.99  # of how often a code was used, a step
 DEAD = 0.5  # a code used less than this, in about 1 / (1 - MEMORY) steps, is restarted
 
@@ -81,30 +79,23 @@ def build(config: Any, workdir: Path) -> Program:
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        before, drawing = state.params["tokenizer"], state.step >= settings.steps
-        state, metrics = coldstart.supervised_step(loss, optimizer)(state, frozen, batch)
-        after = state.params["tokenizer"]
-        usage = MEMORY * state.params["usage"] + metrics.pop("codes/counts")
-        metrics["codes/restarted"] = jnp.where(drawing, 0, (usage < DEAD).sum())
-        latents, error = metrics.pop("latents"), metrics.pop("latents/error")
-        codebook, usage = restarted(key, after["codebook"], usage, latents, error)
-        after = after | {"codebook": codebook}
-        # A branch would save the encoder's gradient while drawing, but XLA's CPU convolutions are slow inside one.
-        kept = jax.tree.map(
-            lambda old, new: jnp.where(drawing, old, new),
-            {name: before[name] for name in OF_CODES},
-            {name: after[name] for name in OF_CODES},
+        state, metrics = learn(state, frozen, batch)
+        weights, usage = state.params["tokenizer"], state.params["usage"]
+        usage = MEMORY * usage + metrics.pop("codes/counts")
+        metrics["codes/restarted"] = (usage < DEAD).sum()
+        codebook, usage = restarted(
+            key, weights["codebook"], usage, metrics.pop("latents"), metrics.pop("latents/error")
         )
-        return state.replace(params={"tokenizer": after | kept, "usage": usage}), metrics
+        params = {"tokenizer": weights | {"codebook": codebook}, "usage": usage}
+        return state.replace(params=params), metrics
 
     params = {
         "tokenizer": initial(model, jax.random.key(config.seed + 3), jnp.zeros((1, size, size, 3))),
         # No code has been used: the first batch places them all.
         "usage": jnp.zeros(model.config.num_embeddings),
     }
-    codes = optimizers.schedule(settings.optimizer, settings.steps)
-    draw = optax.cosine_decay_schedule(settings.draw_learning_rate, settings.draw_steps)
-    optimizer = optimizers.make(settings.optimizer, rate=optax.join_schedules([codes, draw], [settings.steps]))
+    optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
+    learn = coldstart.supervised_step(loss, optimizer)
 
     def finish(state: State, writer: Any) -> None:
         trained = jax.device_get(state.params)["tokenizer"]
@@ -117,7 +108,7 @@ def build(config: Any, workdir: Path) -> Program:
         batches=coldstart.SceneBatches(
             config.seed, settings.batch_size, size, lambda scenes, rng, step: {}, coldstart.uniform_scenes
         ),
-        steps=settings.steps + settings.draw_steps,
+        steps=settings.steps,
         columns={
             "loss": ("loss", ".4f"),
             "error/pixels": ("pixels", ".4f"),
