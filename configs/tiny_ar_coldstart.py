@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.remat = False  # memory is no concern at this size
     config.towers = "tiny"  # both worlds are measured alike
     config.prompt.redraw_suffix = "<|vision_start|>"  # begins an image
+    config.redraw.temperature = 0.5  # of the pictures by which the card reckons; learning is at 1
     config.eval.every = 250
 
     # Fields of each model's config.json; shapes, names and forward passes are the real architectures'.

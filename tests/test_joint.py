@@ -1,9 +1,8 @@
-"""Stage `joint` on an untrained image tokenizer: it leaves weights that RL loads, and learns what it should."""
+"""The cold start of the autoregressive world in two steps a stage: it leaves weights that RL loads."""
 
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,21 +12,14 @@ from uae_jax.convert import __main__ as convert
 from uae_jax.convert import folder
 from uae_jax.data.shapes import tokenizer
 from uae_jax.errors import UserError
-from uae_jax.models import initial
-from uae_jax.models.janus.vq import VQModel
 from uae_jax.stages import joint
-from uae_jax.stages.coldstart import model_config
 
 
 @pytest.fixture(scope="module")
 def workdir(weights, tmp_path_factory):
-    """After both phases, on towers of the other world."""
+    """After both stages, on towers of the other world."""
     where = tmp_path_factory.mktemp("joint")
-    config = tiny.ar_coldstart_config(stage="joint", towers=str(weights))
-    vq = VQModel(model_config(config, "tokenizer"))
-    params = initial(vq, jax.random.key(3), jnp.zeros((1, 48, 48, 3)))
-    folder.save_model(where / "weights" / "tokenizer", vq.config, params, np.float16)
-    train.run(config, where)
+    train.run(tiny.ar_coldstart_config(towers=str(weights)), where)
     return where
 
 
