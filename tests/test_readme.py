@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["learns/claims", "learns/table", "learns/beside", "bench/table"])
+@pytest.mark.parametrize(
+    "name", ["learns/claims", "learns/table", "learns/beside", "learns_ar/claims", "learns_ar/beside", "bench/table"]
+)
 def test_tables_are_the_files_that_the_benchmarks_wrote(name):
     mark = name.removeprefix("learns/").replace("/", " ")
     shown = re.search(rf"<!-- {mark} -->\n+(.*?)\n+<!-- end -->", README, re.DOTALL)
