@@ -77,8 +77,6 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, "\n", FLAGS.get_help(), sep="")
         return
-    for name in FLAGS:
-        FLAGS[name].unparse()  # of an earlier call in this process
     rest = runtime.parse_flags(FLAGS, arguments)
     if len(rest) != 1 or rest[0] not in BENCHMARKS:
         raise UserError(f"name one benchmark ({', '.join(BENCHMARKS)}), not {' '.join(rest) or 'none'}")

@@ -43,6 +43,8 @@ def parse_flags(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         file = re.match(r"--config=([^:]*)", argument)
         if file and not Path(file[1]).is_file():
             raise UserError(f"--config: there is no file {file[1]!r}")
+    for name in values:
+        values[name].unparse()  # of an earlier command in this process
     try:
         return values(arguments)[1:]
     except (AttributeError, KeyError) as error:
