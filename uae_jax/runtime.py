@@ -94,6 +94,21 @@ def prepare() -> None:
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
 
 
+def refuse_many_processes() -> None:
+    """Several processes of one job would each train the whole run, and write to one workdir.
+
+    Raises:
+      UserError: SLURM or GKE says that this process is one of several.
+    """
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    count = max(int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), hosts)
+    if count > 1:
+        raise UserError(
+            f"this is one of {count} processes, which do not train together yet: start one process on one host "
+            "(SLURM: one GPU on one node; TPU: a slice of one host)"
+        )
+
+
 def environment() -> dict[str, Any]:
     """What shapes the compiled program beside the config: versions, devices, and the compiler flags that are set."""
     import jax
