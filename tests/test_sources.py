@@ -250,7 +250,7 @@ SOURCE = sources.ShapesSource(0, 50, 12)
 
 
 def test_batches_hold_the_images_of_their_indices():
-    ds = sources.batches(SOURCE, range(10, 30), 6, seed=1)
+    ds = sources.Batches(SOURCE, range(10, 30), 6, seed=1)
     batch = ds[3]
     assert batch["image"].shape == (6, 12, 12, 3) and batch["image"].dtype == np.uint8
     assert batch["index"].shape == (6,) and batch["index"].dtype == np.int32
@@ -262,7 +262,7 @@ def test_batches_hold_the_images_of_their_indices():
 @pytest.mark.parametrize(("n", "size"), [(20, 5), (20, 6), (7, 3), (3, 8), (1, 4)])
 def test_every_epoch_covers_every_index_once(n, size):
     indices = list(range(2, 2 + n))
-    ds = sources.batches(SOURCE, indices, size, seed=0)
+    ds = sources.Batches(SOURCE, indices, size, seed=0)
     steps = -(-3 * n // size)
     order = np.concatenate([ds[step]["index"] for step in range(steps)])
     assert len(order) == steps * size
@@ -273,15 +273,15 @@ def test_every_epoch_covers_every_index_once(n, size):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    forward = sources.batches(SOURCE, range(50), 8, seed=5)
+    forward = sources.Batches(SOURCE, range(50), 8, seed=5)
     steps = [0, 1, 2, 9, 40, 10**6]
     first = {step: forward[step]["index"] for step in steps}
-    backward = sources.batches(SOURCE, range(50), 8, seed=5)
+    backward = sources.Batches(SOURCE, range(50), 8, seed=5)
     for step in reversed(steps):
         np.testing.assert_array_equal(backward[step]["index"], first[step])
         np.testing.assert_array_equal(forward[step]["index"], first[step])
-    other = np.concatenate([sources.batches(SOURCE, range(50), 50, seed=6)[e]["index"] for e in range(3)])
-    mine = np.concatenate([sources.batches(SOURCE, range(50), 50, seed=5)[e]["index"] for e in range(3)])
+    other = np.concatenate([sources.Batches(SOURCE, range(50), 50, seed=6)[e]["index"] for e in range(3)])
+    mine = np.concatenate([sources.Batches(SOURCE, range(50), 50, seed=5)[e]["index"] for e in range(3)])
     # Neither the same order, nor the same order one epoch later.
     assert (other != mine).any() and (other[:100] != mine[50:]).any()
 
@@ -289,7 +289,7 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_batches_of_nothing():
     for indices, size in (([], 4), (range(5), 0)):
         with pytest.raises(UserError, match="batches"):
-            sources.batches(SOURCE, indices, size, seed=0)
+            sources.Batches(SOURCE, indices, size, seed=0)
 
 
 class Recorder:
@@ -319,31 +319,31 @@ def no_threads():
 
 def test_prefetch_yields_in_order_and_stays_two_ahead():
     ds = Recorder()
-    stream = sources.prefetch(ds, 3, 9)
+    stream = sources.prefetch(ds.__getitem__, 3, 9)
     assert ds.read == []  # nothing starts before it is asked for
     assert next(stream) == {"step": 3}
     assert ds.wait_for(3) and ds.read == [3, 4, 5]  # two ahead, and no further
     assert [item["step"] for item in stream] == [4, 5, 6, 7, 8]
     assert ds.read == [3, 4, 5, 6, 7, 8] and threading.current_thread() not in ds.threads
     assert no_threads()
-    assert list(sources.prefetch(ds, 4, 4)) == [] and no_threads()
+    assert list(sources.prefetch(ds.__getitem__, 4, 4)) == [] and no_threads()
 
 
 def test_prefetch_stops_when_closed_or_when_the_consumer_raises():
     ds = Recorder()
-    stream = sources.prefetch(ds, 0, 10**9)
+    stream = sources.prefetch(ds.__getitem__, 0, 10**9)
     next(stream)
     stream.close()
     assert len(ds.read) <= 3 and no_threads()
     with pytest.raises(KeyError):
-        for _ in (stream := sources.prefetch(Recorder(), 0, 10**9)):
+        for _ in (stream := sources.prefetch(Recorder().__getitem__, 0, 10**9)):
             raise KeyError
     stream.close()
     assert no_threads()
 
 
 def test_prefetch_passes_errors_on():
-    stream = sources.prefetch(Recorder(fail_at=2), 0, 9)
+    stream = sources.prefetch(Recorder(fail_at=2).__getitem__, 0, 9)
     assert [next(stream)["step"], next(stream)["step"]] == [0, 1]
     with pytest.raises(OSError, match="step 2"):
         next(stream)
@@ -351,6 +351,6 @@ def test_prefetch_passes_errors_on():
 
 
 def test_prefetch_equals_random_access():
-    ds = sources.batches(SOURCE, range(50), 8, seed=5)
-    for step, batch in enumerate(sources.prefetch(ds, 7, 12), start=7):
+    ds = sources.Batches(SOURCE, range(50), 8, seed=5)
+    for step, batch in enumerate(sources.prefetch(ds.__getitem__, 7, 12), start=7):
         np.testing.assert_array_equal(batch["index"], ds[step]["index"])

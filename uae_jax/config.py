@@ -15,7 +15,7 @@ STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", 
 PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "stop_on_gap")
+MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "stop_on_gap", "heartbeat_seconds")
 
 
 def default() -> ConfigDict:
@@ -113,6 +113,7 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
     c.mesh.data = -1  # copies of the weights, each with its part of the batch
     c.mesh.fsdp = 1  # weights split over this many devices, batch too
+    c.heartbeat_seconds = 100  # several processes: one that is silent for so long is dead, and the others stop
 
     return c.lock()
 
@@ -253,6 +254,7 @@ def validate(c: ConfigDict) -> None:
     _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "must lie between 0 and 1; 1 keeps all tokens")
     _require(c.eval.batch_size >= 1, "eval.batch_size", c.eval.batch_size, "must be at least 1")
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
+    _require(c.heartbeat_seconds >= 10, "heartbeat_seconds", c.heartbeat_seconds, "must be at least 10")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
     for field in ("optimizer", *(f"{stage}.optimizer" for stage in STAGES if "optimizer" in c.get(stage, {}))):
         _validate_optimizer(c, field)

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -94,19 +95,54 @@ def prepare() -> None:
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
 
 
-def refuse_many_processes() -> None:
-    """Several processes of one job would each train the whole run, and write to one workdir.
+class Place(NamedTuple):
+    """Where a process stands among those that train together, where the environment does not say it."""
+
+    coordinator_address: str  # host:port of process 0
+    num_processes: int
+    process_id: int
+
+
+def join(place: Place | None, heartbeat_seconds: int) -> None:
+    """Joins the processes that train together, before jax looks at its devices; alone, nothing is done.
+
+    Without `place`, SLURM (a step of several tasks), GKE and TPU VMs (a slice of several hosts, or several slices) tell.
+
+    Args:
+      place: where this process stands.
+      heartbeat_seconds: after which a silent process counts as dead, and the others end.
 
     Raises:
-      UserError: SLURM or GKE says that this process is one of several.
+      UserError: the others did not come, or the address is none.
     """
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    count = max(int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), hosts)
-    if count > 1:
+    found: dict[str, Any] = {}
+    if place is not None:
+        found = place._asdict() | {"cluster_detection_method": "deactivate"}
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        found = {"cluster_detection_method": "slurm"}
+    elif not tpu_hosts():
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat_seconds)
+    except (RuntimeError, ValueError) as error:
+        where = f"at {place.coordinator_address}" if place else "that the environment names"
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"this is one of {count} processes, which do not train together yet: start one process on one host "
-            "(SLURM: one GPU on one node; TPU: a slice of one host)"
-        )
+            f"the processes that train together did not meet {where}: {reason}; start all of them, each with its own "
+            "--process_id, the same --num_processes and process 0's --coordinator_address"
+        ) from error
+
+
+def tpu_hosts() -> bool:
+    """Whether the environment is that of a TPU slice which may be of several hosts, or one of several slices."""
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts is not None:  # GKE
+        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
+    # A TPU VM's metadata tell; elsewhere nobody answers.
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return chips and "TPU_SKIP_MDS_QUERY" not in os.environ and find_spec("libtpu") is not None
 
 
 def environment() -> dict[str, Any]:

@@ -80,14 +80,44 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Moves host arrays to the mesh, each to its own sharding."""
-    return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
+    """Moves arrays to the mesh, each to its own sharding; those of the host are the same in every process."""
+    return jax.tree.map(_put, tree, param_shardings(tree, mesh))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """`device_put`, which takes neither keys nor the host's arrays to devices of other processes."""
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # Keys are few, and whole on every device.
+        words = _put(jax.random.key_data(x), replicated(sharding.mesh))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts a global batch on the mesh; every process holds all of it and hands over what its devices need."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
+
+
+def local_rows(size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch of `size` that lie on this process's devices, ascending: all it has to load."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts if part is not None]))
+
+
+def place_rows(batch: dict[str, np.ndarray], rows: np.ndarray, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a global batch of `size` rows on the mesh, of which this process holds `rows` (`local_rows`) alone."""
+    sharding = batch_sharding(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return x[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
 
 
 def constrain_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:

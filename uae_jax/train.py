@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax import checkpoint, runtime, sharding, storage
+from uae_jax import checkpoint, hosts, runtime, sharding, storage
 from uae_jax import config as configs
 from uae_jax.data import sources
 from uae_jax.metrics import Writer, read
@@ -24,6 +24,8 @@ def run(config: Any, workdir: Path) -> None:
     Raises:
       UserError: whatever the user can fix.
     """
+    environment = runtime.environment()
+    hosts.check_same(hosts.fingerprint(runtime.flatten(config.to_dict()), environment))
     mesh = sharding.make_mesh(config)
     for stage in configs.stages(config):
         # RL is what a workdir is for; the stages of a cold start each have a folder in it.
@@ -33,7 +35,8 @@ def run(config: Any, workdir: Path) -> None:
         checkpoint.check_config(folder_of_stage, config.to_dict(), configs.MAY_DIFFER)
         program = build(stage, config, workdir, mesh)
         checkpoint.write_config(folder_of_stage, config.to_dict())
-        checkpoint.write_environment(folder_of_stage, runtime.environment())
+        checkpoint.write_environment(folder_of_stage, environment)
+        hosts.check_shared(folder_of_stage)
         if not loop(program, config, folder_of_stage, mesh):
             return
 
@@ -43,6 +46,8 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
     # ---- state: on the mesh, from the last checkpoint if there is one
     state = sharding.place(program.state, mesh)
     frozen = sharding.place(program.frozen, mesh)
+    size = program.batches.batch_size
+    rows = sharding.local_rows(size, mesh)
     with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
         restored = saver.restore_latest(checkpoint.abstract(state))
         if restored is not None:
@@ -56,16 +61,18 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             elif first < program.steps:
                 writer.message(f"resuming {workdir} at step {first}")
             # ---- training
-            history = read(workdir) if first else []
+            history = hosts.from_first(lambda: read(workdir)) if first else []
             at, why = first, program.watch(history)[1] if history else None
             last = time.monotonic()
-            batches = sources.prefetch(program.batches, first, first if why else program.steps)
+            batches = sources.prefetch(
+                lambda step: program.batches.part(step, rows), first, first if why else program.steps
+            )
             for at, batch in enumerate(batches, first + 1):
-                state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
+                state, metrics = compiled(state, frozen, sharding.place_rows(batch, rows, size, mesh))
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
                 now = time.monotonic()
-                images, tokens = len(next(iter(batch.values()))), metrics.pop("caption/tokens", None)
-                metrics["throughput/images_per_s"] = images / (now - last)
+                tokens = metrics.pop("caption/tokens", None)
+                metrics["throughput/images_per_s"] = size / (now - last)
                 if tokens is not None:
                     metrics["throughput/tokens_per_s"] = tokens / (now - last)
                 history.append({name: value for name, value in metrics.items() if name.startswith("tower/")})
@@ -77,10 +84,11 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                     now = time.monotonic()
                 last = now
                 writer.write(at, metrics)
-                saver.save(at, state, force=bool(stopped or why or done))
+                stop = hosts.any_of(bool(stopped))  # all at the same step
+                saver.save(at, state, force=bool(stop or why or done))
                 if why:
                     break
-                if stopped and not done:
+                if stop and not done:
                     writer.message(f"stopped at step {at} of {program.steps}; the same command continues")
                     return False
             # ---- what it came to

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax import rewards, sharding
+from uae_jax import hosts, rewards, sharding
 from uae_jax.bench.scores import Score, Scores, each, total
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import Scene
@@ -85,7 +85,7 @@ class Evaluator:
         """
         compiled = jax.jit(function)
         size, most = self.config.eval.batch_size, len(self.images)
-        keys = sample_keys(self.key, jnp.int32(0), -(-most // size) * size, 1)
+        keys = sharding.place(sample_keys(self.key, jnp.int32(0), -(-most // size) * size, 1), self.mesh)
 
         def run(params: Params, *arrays: np.ndarray) -> Any:
             parts = []
@@ -99,7 +99,7 @@ class Evaluator:
                 out = compiled(
                     params, self.system.frozen, batch.pop("image"), keys[start : start + size], *batch.values()
                 )
-                parts.append(jax.device_get(out))
+                parts.append(hosts.to_host(out))
             return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 
         return run

@@ -164,12 +164,16 @@ class PairBatches:
         raise UserError(f"none of the {len(self.pairs)} pictures can be read")
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.part(step, np.arange(self.batch_size))
+
+    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of `self[step]`; the pictures of others are not read."""
         first = step * self.batch_size
-        read = [self._read(self._index(first + i)) for i in range(self.batch_size)]
-        dropped = np.random.default_rng([self.seed, 1, step]).random(self.batch_size) < self.dropout
+        read = [self._read(self._index(first + int(i))) for i in rows]
+        dropped = np.random.default_rng([self.seed, 1, step]).random(self.batch_size)[rows] < self.dropout
         encoded = self.tokenizer.encode_batch([caption for _, caption in read], add_special_tokens=False)
-        tokens = np.full((self.batch_size, self.length), self.end_token, np.int32)
-        length = np.zeros(self.batch_size, np.int32)
+        tokens = np.full((len(rows), self.length), self.end_token, np.int32)
+        length = np.zeros(len(rows), np.int32)
         for row, (encoding, drop) in enumerate(zip(encoded, dropped, strict=True)):
             ids = (self.negative if drop else encoding.ids)[: self.length - 1]
             tokens[row, : len(ids)] = ids

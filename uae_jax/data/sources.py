@@ -5,7 +5,7 @@ import concurrent.futures
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -126,43 +126,57 @@ def split(source: Source, held_out: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(n)) - set(held)), held
 
 
-def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless dataset whose item `ds[step]` is the batch of that step, a pure function of (seed, step).
+class Batches:
+    """Endless batches: the one of a step is a pure function of (seed, step).
 
     Each epoch is shuffled differently and covers every index once; epochs follow each other without a gap, so batches
     are always full, even when there are fewer indices than a batch holds.
 
-    Returns:
-      Items {"image": uint8 [b, S, S, 3], "index": int32 [b]}, the latter being positions in `source`.
+    Items: {"image": uint8 [b, S, S, 3], "index": int32 [b]}, the latter being positions in `source`.
+
+    Attributes:
+      batch_size: b, over all processes.
 
     Raises:
       UserError: there are no indices, or the batch is empty.
     """
-    if not len(indices) or batch_size < 1:
-        raise UserError(f"cannot make batches of {batch_size} from {len(indices)} images")
-    positions = np.asarray(indices, np.int32)
 
-    def read(i: int) -> dict[str, np.ndarray]:
-        return {"image": source[int(positions[i])]["image"], "index": positions[i]}
+    def __init__(self, source: Source, indices: Sequence[int], batch_size: int, seed: int):
+        if not len(indices) or batch_size < 1:
+            raise UserError(f"cannot make batches of {batch_size} from {len(indices)} images")
+        positions = np.asarray(indices, np.int32)
 
-    # grain shuffles epoch e with seed + e: mixing the seed first keeps run 1 from being run 0 an epoch later.
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(positions)).shuffle(seed=mixed).repeat()
-    return order.map(read).batch(batch_size)
+        def read(i: int) -> dict[str, np.ndarray]:
+            return {"image": source[int(positions[i])]["image"], "index": positions[i]}
+
+        # grain shuffles epoch e with seed + e: mixing the seed first keeps run 1 from being run 0 an epoch later.
+        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.batch_size = batch_size
+        self._examples = grain.MapDataset.range(len(positions)).shuffle(seed=mixed).repeat().map(read)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.part(step, np.arange(self.batch_size))
+
+    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of `self[step]`; no others are read."""
+        examples = [self._examples[step * self.batch_size + int(row)] for row in rows]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def prefetch(ds: grain.MapDataset, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields ds[start], ..., ds[stop - 1], read by a thread that stays 2 batches ahead.
+def prefetch(
+    read: Callable[[int], dict[str, np.ndarray]], start: int, stop: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields read(start), ..., read(stop - 1), read by a thread that stays 2 batches ahead.
 
     An error while reading is raised at its step. Closing the generator, or an error, ends the thread.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    pending = collections.deque(pool.submit(ds.__getitem__, step) for step in range(start, min(start + AHEAD, stop)))
+    pending = collections.deque(pool.submit(read, step) for step in range(start, min(start + AHEAD, stop)))
     try:
         for step in range(start, stop):
             batch = pending.popleft().result()
             if step + AHEAD < stop:
-                pending.append(pool.submit(ds.__getitem__, step + AHEAD))
+                pending.append(pool.submit(read, step + AHEAD))
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

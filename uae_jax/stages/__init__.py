@@ -4,15 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from uae_jax.gap import Watch
 from uae_jax.step import Metrics, State
 
 
 class Batches(Protocol):
-    """Batches by step: a pure function of (seed, step)."""
+    """Batches by step: a pure function of (seed, step), and the same however many processes share in a batch."""
 
-    def __getitem__(self, step: int) -> dict[str, Any]: ...
+    batch_size: int  # rows of a batch, over all processes
+
+    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of a batch: arrays [len(rows), ...]."""
+        ...
 
 
 class Program(NamedTuple):

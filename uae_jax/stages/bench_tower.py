@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers, pixels, rewards
+from uae_jax import hosts, optimizers, pixels, rewards
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene
@@ -84,11 +84,15 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
 
     def finish(state: State, writer: Any) -> None:
-        params = jax.device_get(state.params)
-        for name, module in (("dinov2", dino), ("siglip", siglip)):
-            target = workdir / "weights" / name
-            folder.save_model(target, module.config, params[name], np.float16)
-            pixels.save(target, hows[name])
+        params = hosts.to_host(state.params)
+
+        def save() -> None:
+            for name, module in (("dinov2", dino), ("siglip", siglip)):
+                target = workdir / "weights" / name
+                folder.save_model(target, module.config, params[name], np.float16)
+                pixels.save(target, hows[name])
+
+        hosts.on_first(save)
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers
+from uae_jax import hosts, optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene
@@ -53,8 +53,13 @@ def build(
 
     def finish(state: State, writer: Any) -> None:
         target = workdir / "weights" / "captioner"
-        folder.save_model(target, captioner.config, jax.device_get(state.params)["encoder"], np.float16)
-        tokenizer.save(str(target / "tokenizer.json"))
+        trained = hosts.to_host(state.params["encoder"])
+
+        def save() -> None:
+            folder.save_model(target, captioner.config, trained, np.float16)
+            tokenizer.save(str(target / "tokenizer.json"))
+
+        hosts.on_first(save)
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),

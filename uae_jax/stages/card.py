@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uae_jax import sharding, storage, system
+from uae_jax import hosts, sharding, storage, system
 from uae_jax.bench.held_out import Evaluator
 from uae_jax.bench.scores import Scores
 from uae_jax.convert import folder
@@ -116,7 +116,8 @@ def write(config: Any, workdir: Path, stage: str) -> None:
     )
     path = workdir / "weights" / "CARD.md"
     with storage.storage_errors(path):
-        path.write_text(text)
+        if hosts.first():
+            path.write_text(text)
 
 
 def rows(scores: Scores) -> str:

@@ -41,6 +41,10 @@ class SceneBatches:
         images = np.stack([render(scene, self.image_size) for scene in scenes])
         return {"image": images} | self.fields(scenes, np.random.default_rng([self.seed, step, 1]), step)
 
+    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`self[step]`'s rows; scenes draw from one stream, so that all are made."""
+        return {name: x[rows] for name, x in self[step].items()}
+
 
 def uniform_scenes(seed: int, step: int, batch_size: int) -> list[Scene]:
     """The next `batch_size` scenes of the training split."""

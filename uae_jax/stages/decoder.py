@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers
+from uae_jax import hosts, optimizers
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene
@@ -103,10 +103,14 @@ def build(
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
 
     def finish(state: State, writer: Any) -> None:
-        trained = jax.device_get(state.params)
-        weights = workdir / "weights"
-        folder.save_model(weights / "projector", projector.config, trained["projector"] | jax.device_get(fixed))
-        folder.save_model(weights / "transformer", transformer.config, trained["transformer"], np.float16)
+        trained = hosts.to_host(state.params)
+
+        def save() -> None:
+            weights = workdir / "weights"
+            folder.save_model(weights / "projector", projector.config, trained["projector"] | jax.device_get(fixed))
+            folder.save_model(weights / "transformer", transformer.config, trained["transformer"], np.float16)
+
+        hosts.on_first(save)
         writer.message("evaluating the weights for their card")
         card.write(config, workdir, "decoder")
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers, system
+from uae_jax import hosts, optimizers, system
 from uae_jax.bench.held_out import Evaluator
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
@@ -104,8 +104,13 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, mesh: jax.sharding.M
 
     def finish(state: State, writer: Any) -> None:
         target = workdir / "weights" / system.JANUS
-        folder.save_model(target, sizes, jax.device_get(state.params) | {"vq": vq}, np.float16)
-        tokenizer.save(str(target / "tokenizer.json"))
+        trained = hosts.to_host(state.params)
+
+        def save() -> None:
+            folder.save_model(target, sizes, trained | {"vq": vq}, np.float16)
+            tokenizer.save(str(target / "tokenizer.json"))
+
+        hosts.on_first(save)
         writer.message("evaluating the weights for their card")
         card.write(config, workdir, "joint")
 

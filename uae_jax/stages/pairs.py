@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from uae_jax import lora, optimizers, sharding, system
+from uae_jax import hosts, lora, optimizers, sharding, system
 from uae_jax.convert import folder, transfer
 from uae_jax.data import latents, pairs
 from uae_jax.errors import UserError
@@ -93,7 +93,8 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
     def finish(state: State, writer: Any) -> None:
         learnt = state.ema if settings.ema else state.params
-        write_weights(where, workdir / "weights", jax.device_get(learnt), settings.lora.alpha)
+        whole = hosts.to_host(learnt)
+        hosts.on_first(lambda: write_weights(where, workdir / "weights", whole, settings.lora.alpha))
         writer.message(f"wrote {workdir / 'weights'}")
 
     return Program(
@@ -144,7 +145,7 @@ def kept(
     compiled = jax.jit(lambda p, x: decoder.moments_from_pixels(x.astype(jnp.float32) / 255.0, vae, p))
 
     def encode(images: np.ndarray) -> np.ndarray:
-        return jax.device_get(compiled(params, sharding.place_batch({"image": images}, mesh)["image"]))
+        return hosts.to_host(compiled(params, sharding.place_batch({"image": images}, mesh)["image"]))
 
     return latents.cached(place, source, size, encode, config.decoder.batch_size)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from uae_jax import gap, optimizers, pictures, rewards, step, storage, system
+from uae_jax import gap, hosts, optimizers, pictures, rewards, sharding, step, storage, system
 from uae_jax.bench import scores
 from uae_jax.bench.held_out import Evaluation, Evaluator
 from uae_jax.data import sources
@@ -69,11 +69,13 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     def finish(state: State, writer: Any) -> None:
         if evaluator is None:
             return
-        if not (workdir / "eval_before.npz").exists():  # evaluation was off then
+        if not hosts.from_first((workdir / "eval_before.npz").exists):  # evaluation was off then
             evaluate_start(evaluator, writer)
         writer.message(f"evaluating the end on {len(images)} held-out images")
         evaluation = evaluator.run(state.params)
         moved = record(workdir, "after", evaluation)
+        if not hosts.first():
+            return
         before = scores.load(workdir / "eval_before.npz")
         writer.table("held-out comparison", scores.HEADER, scores.table(before, evaluation.scores, moved))
 
@@ -115,7 +117,7 @@ def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
         indices, kept = sources.split(train, data.held_out)
         examples = [train[i] for i in kept]
         scenes = None
-    batches = sources.batches(train, indices, data.batch_size, config.seed)
+    batches = sources.Batches(train, indices, data.batch_size, config.seed)
     return batches, np.stack([example["image"] for example in examples]), scenes
 
 
@@ -127,9 +129,10 @@ class Gallery:
         family = built.family(config, mesh=None)
         likeliest = built.family(config, mesh=None, temperature=0.0)
         keys = step.sample_keys(jax.random.key(config.seed), jnp.int32(0), len(images), config.rl.group_size)
+        self.keys = sharding.place(keys, mesh)
 
         @jax.jit
-        def roll(params: Params, frozen: Params, images: jax.Array) -> tuple[jax.Array, ...]:
+        def roll(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
             """The most likely caption in place 0 and a group of samples after it: tokens, mask, redraws, rewards."""
             one = likeliest.generate(params, frozen, images, keys[:, :1])
             group = family.generate(params, frozen, images, keys)
@@ -144,7 +147,7 @@ class Gallery:
     def show(self, params: Params, at: int, writer: Any) -> None:
         """Writes samples/held_out_{at}.png, a contact sheet, and .npz, the redraws of the most likely captions."""
         images = self.images.astype(np.float32) / 255.0
-        actions, mask, redrawn, reward = jax.device_get(self.roll(params, self.built.frozen, images))
+        actions, mask, redrawn, reward = hosts.to_host(self.roll(params, self.built.frozen, images, self.keys))
         rows, captions = [], []
         for i, image in enumerate(self.images):
             texts = decode_captions(self.built.tokenizer, actions[i], mask[i])
@@ -161,7 +164,10 @@ def record(workdir: Path, when: str, evaluation: Evaluation) -> dict[str, scores
     """Adds an evaluation to workdir/eval.json under `before` or `after`, and image by image to eval_{when}.npz.
 
     The file's `change` pairs the two: mean difference and its 95% interval for every score, which is also returned.
+    Of several processes the first alone writes; the others get nothing.
     """
+    if not hosts.first():
+        return {}
     found, captions = evaluation
     scores.save(workdir / f"eval_{when}.npz", found)
     path = workdir / "eval.json"

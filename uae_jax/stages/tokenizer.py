@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax import optimizers
+from uae_jax import hosts, optimizers
 from uae_jax.convert import folder
 from uae_jax.models import apply, initial
 from uae_jax.models.janus.vq import VQModel, directions
@@ -98,8 +98,9 @@ def build(config: Any, workdir: Path) -> Program:
     learn = coldstart.supervised_step(loss, optimizer)
 
     def finish(state: State, writer: Any) -> None:
-        trained = jax.device_get(state.params)["tokenizer"]
-        folder.save_model(workdir / "weights" / "tokenizer", model.config, trained, np.float16)
+        trained = hosts.to_host(state.params["tokenizer"])
+        target = workdir / "weights" / "tokenizer"
+        hosts.on_first(lambda: folder.save_model(target, model.config, trained, np.float16))
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),

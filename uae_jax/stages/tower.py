@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers, rewards
+from uae_jax import hosts, optimizers, rewards
 from uae_jax.convert import folder
 from uae_jax.data.shapes import facts, grammar
 from uae_jax.data.shapes.scene import BACKGROUNDS, CELLS, COLOURS, SHAPES, SIZES, Scene, sample_scene, split_seed
@@ -111,10 +111,14 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
 
     def finish(state: State, writer: Any) -> None:
-        params = jax.device_get(state.params)
-        for name in TOWERS:
-            folder.save_model(workdir / "weights" / name, clip.config, params[name], np.float16)
-        folder.save_model(workdir / "weights" / "judge", judge.config, params["judge"], np.float16)
+        params = hosts.to_host(state.params)
+
+        def save() -> None:
+            for name in TOWERS:
+                folder.save_model(workdir / "weights" / name, clip.config, params[name], np.float16)
+            folder.save_model(workdir / "weights" / "judge", judge.config, params["judge"], np.float16)
+
+        hosts.on_first(save)
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
