@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from uae_jax import runtime
-from uae_jax.errors import UserError
-
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in LAUNCH.glob("*.sh"))
@@ -253,13 +250,3 @@ jax.jit(lambda w, x: jax.lax.with_sharding_constraint(jnp.tanh(x @ w) @ w, rows)
         text=True,
     )
     assert done.returncode == 0, done.stderr[-500:]
-
-
-@pytest.mark.parametrize("variable,value", [("SLURM_STEP_NUM_TASKS", "8"), ("TPU_WORKER_HOSTNAMES", "a,b")])
-def test_the_program_refuses_to_be_one_of_several(monkeypatch, variable, value):
-    for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    runtime.refuse_many_processes()
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=r"one of [28] processes"):
-        runtime.refuse_many_processes()

@@ -21,7 +21,9 @@ flags.DEFINE_string(
     "coordinator_address", None, "several processes: host:port at which process 0 listens", flag_values=FLAGS
 )
 flags.DEFINE_integer("num_processes", None, "several processes: how many", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("process_id", None, "several processes: which one this is, from 0", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "process_id", None, "several processes: which one this is, from 0", lower_bound=0, flag_values=FLAGS
+)
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the config file; fields are changed by --config.FIELD=VALUE", lock_config=True, flag_values=FLAGS
 )

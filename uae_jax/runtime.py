@@ -6,10 +6,12 @@ import logging
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -106,7 +108,7 @@ class Place(NamedTuple):
 def join(place: Place | None, heartbeat_seconds: int) -> None:
     """Joins the processes that train together, before jax looks at its devices; alone, nothing is done.
 
-    Without `place`, SLURM (a step of several tasks), GKE and TPU VMs (a slice of several hosts, or several slices) tell.
+    Without `place`, SLURM (a step of several tasks), GKE and TPU VMs (several hosts or slices) tell.
 
     Args:
       place: where this process stands.
@@ -181,15 +183,36 @@ def quiet_failed_saves() -> None:
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Calls `main` and exits: 0 when done, 2 with one line when the user can fix it; bugs keep their traceback."""
+    """Calls `main` and exits: 0 when done, 2 with one line when the user can fix it, 1 and a traceback for bugs."""
     quiet_failed_saves()
     try:
         main(arguments)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # At once: threads of a checkpoint that the disk refused would add their tracebacks on the way out.
-        sys.stdout.flush()
-        os._exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        if not one_of_several():
+            raise SystemExit(130) from None
+        leave(130)
+    except Exception:
+        if not one_of_several():
+            raise
+        traceback.print_exc()
+        leave(1)  # the usual end waits for the other processes, and they wait for this one
+
+
+def one_of_several() -> bool:
+    """Whether this process has joined others."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once; one of several leaves the others a moment to tell what they met themselves."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if one_of_several():
+        time.sleep(1)  # they end when they notice
+    os._exit(code)

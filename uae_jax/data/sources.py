@@ -163,9 +163,7 @@ class Batches:
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def prefetch(
-    read: Callable[[int], dict[str, np.ndarray]], start: int, stop: int
-) -> Iterator[dict[str, np.ndarray]]:
+def prefetch(read: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields read(start), ..., read(stop - 1), read by a thread that stays 2 batches ahead.
 
     An error while reading is raised at its step. Closing the generator, or an error, ends the thread.
