@@ -126,6 +126,8 @@ def join(place: Place | None, heartbeat_seconds: int) -> None:
         return
     import jax
 
+    # SIGTERM is the training loop's, and before it begins it ends the process.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
