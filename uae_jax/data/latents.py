@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uae_jax import storage
+from uae_jax import hosts, storage
 from uae_jax.convert import files
 from uae_jax.data import pairs
 from uae_jax.data.images import BadImage
@@ -82,7 +82,8 @@ class Latents:
 def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, batch: int, rows: int = ROWS) -> Latents:
     """The Gaussians of all pictures of `source` from `folder`, which is filled first where it has none.
 
-    A run that is stopped meanwhile goes on behind the last complete file.
+    A run that is stopped meanwhile goes on behind the last complete file. Several processes encode together, and the first
+    writes.
 
     Args:
       folder: FOLDER/KEY.
@@ -94,13 +95,14 @@ def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, b
     Raises:
       UserError: the disk refuses.
     """
-    if (folder / "index.json").is_file():
+    if hosts.from_first((folder / "index.json").is_file):
         return Latents(folder)
     bad: list[int] = []
     for number, start in enumerate(range(0, len(source), rows)):
         path, note = folder / f"{number:05}.safetensors", folder / f"{number:05}.bad.json"
-        if path.is_file() and note.is_file():
-            bad += json.loads(note.read_text())
+        kept = hosts.from_first(lambda path=path, note=note: path.is_file() and json.loads(note.read_text()))
+        if kept is not False:
+            bad += kept
             continue
         parts, missing = [], []
         for first in range(start, min(start + rows, len(source)), batch):
@@ -113,8 +115,10 @@ def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, b
                     missing.append(first + i)
             parts.append(encode(images)[:count])
         moments = np.concatenate(parts)
-        storage.write_atomic(note, json.dumps(missing).encode())
-        storage.write_atomic(path, files.one({"moments": moments}))
+        if hosts.first():
+            storage.write_atomic(note, json.dumps(missing).encode())
+            storage.write_atomic(path, files.one({"moments": moments}))
         bad += missing
-    storage.write_atomic(folder / "index.json", json.dumps({"pairs": len(source), "rows": rows, "bad": bad}).encode())
+    index = json.dumps({"pairs": len(source), "rows": rows, "bad": bad}).encode()
+    hosts.on_first(lambda: storage.write_atomic(folder / "index.json", index))
     return Latents(folder)
