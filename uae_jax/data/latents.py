@@ -82,7 +82,7 @@ class Latents:
 def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, batch: int, rows: int = ROWS) -> Latents:
     """The Gaussians of all pictures of `source` from `folder`, which is filled first where it has none.
 
-    A run that is stopped meanwhile goes on behind the last complete file. Several processes encode together, and the first
+    A run that is stopped meanwhile goes on behind the last complete file. Several processes encode together, the first
     writes.
 
     Args:
