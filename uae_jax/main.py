@@ -55,11 +55,11 @@ def main(arguments: list[str]) -> None:
     configs.validate(config)
     place = explicit_place()
     runtime.prepare()
-    runtime.join(place, config.heartbeat_seconds)
-    from uae_jax import train  # only now: jax reads its environment when it is imported
-
     workdir = Path(FLAGS.workdir or Path("runs") / Path(config_flags.get_config_filename(FLAGS["config"])).stem)
-    train.run(config, workdir)
+    with runtime.joined(place, config.heartbeat_seconds):
+        from uae_jax import train  # only now: jax reads its environment when it is imported
+
+        train.run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ import logging
 import os
 import re
 import sys
-import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -105,31 +104,34 @@ class Place(NamedTuple):
     process_id: int
 
 
-def join(place: Place | None, heartbeat_seconds: int) -> None:
-    """Joins the processes that train together, before jax looks at its devices; alone, nothing is done.
+@contextmanager
+def joined(place: Place | None, heartbeat_seconds: int) -> Iterator[None]:
+    """Joins the processes that train together, before jax looks at its devices; parts from them when the block ends.
 
-    Without `place`, SLURM (a step of several tasks), GKE and TPU VMs (several hosts or slices) tell.
+    Alone, nothing is done. Where another process dies, or an error leaves the block, all end: see `heartbeat.Watch`.
 
     Args:
-      place: where this process stands.
-      heartbeat_seconds: after which a silent process counts as dead, and the others end.
+      place: where this process stands; None: what the environment says (`others`).
+      heartbeat_seconds: after which a silent process counts as dead.
 
     Raises:
       UserError: the others did not come, or the address is none.
     """
-    found: dict[str, Any] = {}
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    found = others(os.environ, chips and find_spec("libtpu") is not None)
     if place is not None:
         found = place._asdict() | {"cluster_detection_method": "deactivate"}
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        found = {"cluster_detection_method": "slurm"}
-    elif not tpu_hosts():
+    if found is None:
+        yield
         return
     import jax
+
+    from uae_jax import heartbeat
 
     # SIGTERM is the training loop's, and before it begins it ends the process.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat_seconds)
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat.JAX_FACTOR * heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
         where = f"at {place.coordinator_address}" if place else "that the environment names"
         reason = " ".join(str(error).split())[:300]
@@ -137,16 +139,31 @@ def join(place: Place | None, heartbeat_seconds: int) -> None:
             f"the processes that train together did not meet {where}: {reason}; start all of them, each with its own "
             "--process_id, the same --num_processes and process 0's --coordinator_address"
         ) from error
+    watch = heartbeat.Watch(heartbeat_seconds)
+    try:
+        yield
+        watch.close()
+    except BaseException as error:
+        watch.leave(error)
 
 
-def tpu_hosts() -> bool:
-    """Whether the environment is that of a TPU slice which may be of several hosts, or one of several slices."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
-    if hosts is not None:  # GKE
-        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
-    # A TPU VM's metadata tell; elsewhere nobody answers.
-    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return chips and "TPU_SKIP_MDS_QUERY" not in os.environ and find_spec("libtpu") is not None
+def others(environment: Mapping[str, str], tpu: bool) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told so that it finds the other processes; None where there are none.
+
+    Args:
+      environment: variables.
+      tpu: whether this machine has TPU chips, and the library for them.
+    """
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return {"cluster_detection_method": "slurm"}
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    if hosts is None:
+        # A TPU VM: its metadata tell how many hosts the slice has. Elsewhere nobody would answer.
+        return {} if tpu and "TPU_SKIP_MDS_QUERY" not in environment else None
+    if len(hosts.split()) > 1:  # no list, but a sentence: that they could not be determined
+        return None
+    slices = int(environment.get("MEGASCALE_NUM_SLICES", "1"))
+    return {} if "," in hosts or slices > 1 else None
 
 
 def environment() -> dict[str, Any]:
@@ -185,36 +202,15 @@ def quiet_failed_saves() -> None:
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Calls `main` and exits: 0 when done, 2 with one line when the user can fix it, 1 and a traceback for bugs."""
+    """Calls `main` and exits: 0 when done, 2 with one line when the user can fix it; bugs keep their traceback."""
     quiet_failed_saves()
     try:
         main(arguments)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # At once: threads of a checkpoint that the disk refused would add their tracebacks on the way out.
-        leave(2)
+        sys.stdout.flush()
+        os._exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        if not one_of_several():
-            raise SystemExit(130) from None
-        leave(130)
-    except Exception:
-        if not one_of_several():
-            raise
-        traceback.print_exc()
-        leave(1)  # the usual end waits for the other processes, and they wait for this one
-
-
-def one_of_several() -> bool:
-    """Whether this process has joined others."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process at once; one of several leaves the others a moment to tell what they met themselves."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if one_of_several():
-        time.sleep(1)  # they end when they notice
-    os._exit(code)
+        raise SystemExit(130) from None
