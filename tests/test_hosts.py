@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,12 +15,12 @@ import pytest
 
 from tests import tiny
 from tests.test_main import ROOT, arguments, lines, wait_for_line
-from uae_jax import checkpoint, hosts, main, runtime, sharding
+from uae_jax import checkpoint, heartbeat, hosts, main, runtime, sharding
 from uae_jax.data import sources
 from uae_jax.errors import UserError
 
-DEVICES = 4
-HEARTBEAT = 20  # seconds; a busy machine lets a living process miss a shorter one
+DEVICES, STEPS = 4, 12
+HEARTBEAT = 15  # seconds; a busy machine lets a living process miss a shorter one
 
 
 def start(flags, cache, devices, **environment):
@@ -37,15 +38,23 @@ def start(flags, cache, devices, **environment):
     )  # fmt: skip
 
 
-def start_many(count, flags, cache, own=()):
+def start_many(count, flags, cache, own=(), slurm=False):
     """`count` processes that share DEVICES devices; `own[i]` are further flags of process i."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [*flags, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
-    return [
-        start([*common, f"--process_id={i}", *(own[i] if own else ())], cache, DEVICES // count) for i in range(count)
-    ]
+    processes = []
+    for i in range(count):
+        place = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+        environment = {}
+        if slurm:  # as srun sets them; the port follows from the job
+            environment = {
+                "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
+                "SLURM_STEP_NUM_TASKS": str(count), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+            }  # fmt: skip
+            place = []
+        processes.append(start([*flags, *place, *(own[i] if own else ())], cache, DEVICES // count, **environment))
+    return processes
 
 
 def ended(processes, seconds=240):
@@ -66,12 +75,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
-def config(weights):
-    """Weights split over two devices, batches over four."""
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "evaluated"])
+def config(weights, request):
+    """Weights split over two devices, batches over four; with evaluation or without."""
     return tiny.config(
-        weights, steps=4, data__batch_size=4, data__held_out=8, eval__enabled=True, eval__every=2, eval__batch_size=4,
-        eval__pictures=2, mesh__data=2, mesh__fsdp=2, checkpoint__every=2,
+        weights, steps=STEPS, data__batch_size=4, data__held_out=8, eval__enabled=request.param, eval__every=6,
+        eval__batch_size=4, eval__pictures=2, mesh__data=2, mesh__fsdp=2, checkpoint__every=3,
     )  # fmt: skip
 
 
@@ -91,8 +100,9 @@ def assert_same_run(workdir, expected):
     for row, want in zip(rows, wanted, strict=True):
         for name, value in want.items():
             np.testing.assert_allclose(row[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    found, evaluation = (json.loads((path / "eval.json").read_text()) for path in (workdir, expected))
-    for when in ("before", "after"):
+    assert (workdir / "eval.json").exists() == (expected / "eval.json").exists()
+    for when in ("before", "after") if (workdir / "eval.json").exists() else ():
+        found, evaluation = (json.loads((path / "eval.json").read_text()) for path in (workdir, expected))
         assert found[when]["captions"] == evaluation[when]["captions"]
         np.testing.assert_allclose(found[when]["reward"], evaluation[when]["reward"], atol=1e-5)
     step = checkpoint.latest_step(workdir / "checkpoints")
@@ -103,41 +113,83 @@ def assert_same_run(workdir, expected):
         np.testing.assert_allclose(leaves.read(name), others.read(name), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_train_as_one_and_stop_together(alone, config, cache, tmp_path, count):
-    """Asked to stop at one process, all save at the same step; what they go on to is the run of one process."""
-    flags = arguments(config, tmp_path / "run")
-    processes = start_many(count, flags, cache)
-    wait_for_line(processes[0], tmp_path / "run", 1)
+def wait_for_checkpoint(process, workdir, step):
+    """Until there is one of `step` or later."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (checkpoint.latest_step(workdir / "checkpoints") or 0) >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no checkpoint of step {step} before the end: {process.communicate()}")
+
+
+def stopped_together(processes, workdir, after):
+    """The step at which all stopped, the last one having been asked to when the first had written `after` lines."""
+    wait_for_line(processes[0], workdir, after)
     processes[-1].send_signal(signal.SIGTERM)
-    for code, _, errors in ended(processes):
-        assert code == 0, errors
-    stopped = checkpoint.latest_step(tmp_path / "run" / "checkpoints")
-    assert stopped == len(lines(tmp_path / "run"))
-    if stopped < config.steps:
-        done = ended(start_many(count, flags, cache))
-        assert [code for code, _, _ in done] == [0] * count, done
-        assert f"resuming {tmp_path / 'run'} at step {stopped}" in done[0][1]
-        told = [line for _, output, _ in done[1:] for line in output.splitlines() if not line.startswith("[Gloo]")]
-        assert not told  # the first alone tells
-    assert_same_run(tmp_path / "run", alone)
+    done = ended(processes)
+    assert [code for code, _, _ in done] == [0] * len(processes), done
+    step = checkpoint.latest_step(workdir / "checkpoints")
+    assert step == len(lines(workdir))
+    assert f"stopped at step {step} of {STEPS}; the same command continues" in done[0][1]
+    return step
 
 
-def test_a_dead_process_ends_the_others(alone, config, cache, tmp_path):
-    flags = [*arguments(config, tmp_path / "run"), "--config.steps=100000", "--config.eval.enabled=False"]
-    flags += [f"--config.heartbeat_seconds={HEARTBEAT}"]
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_stopped_killed_and_resumed_on_other_numbers_of_processes(alone, config, cache, tmp_path, count):
+    """Several processes, asked to stop at one; several, of which one dies; one; several: the run of one process."""
+    workdir = tmp_path / "run"
+    flags = [*arguments(config, workdir), f"--config.heartbeat_seconds={HEARTBEAT}"]
+    first = stopped_together(start_many(count, flags, cache), workdir, 1)
+    assert first < STEPS
+
+    processes = start_many(count, flags, cache)
+    wait_for_checkpoint(processes[0], workdir, first + 1)
+    processes[-1].kill()
+    began = time.monotonic()
+    *others, _ = ended(processes, seconds=120)
+    assert time.monotonic() - began < 1.5 * HEARTBEAT + 5
+    for code, _, errors in others:
+        last = errors.strip().splitlines()[-1]
+        assert code == 2 and last.startswith(f"error: process {count - 1} of {count} is gone: silent for"), errors
+        assert "continues from the last checkpoint" in last and "Traceback" not in errors and "@ " not in errors
+    second = checkpoint.latest_step(workdir / "checkpoints")
+    assert first < second < STEPS
+
+    third = stopped_together([start(flags, cache, DEVICES)], workdir, second + 1)
+    assert second < third < STEPS
+
+    done = ended(start_many(count, flags, cache))
+    assert [code for code, _, _ in done] == [0] * count, done
+    assert f"resuming {workdir} at step {third}" in done[0][1]
+    told = [line for _, output, _ in done[1:] for line in output.splitlines() if not line.startswith("[Gloo]")]
+    assert not told  # the first alone tells
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_first_process_ends_the_others(config, cache, tmp_path):
+    flags = [*arguments(config, tmp_path / "run"), "--config.eval.enabled=False", "--config.steps=100000"]
     processes = start_many(2, flags, cache)
     wait_for_line(processes[0], tmp_path / "run", 1)
-    processes[1].kill()
-    began = time.monotonic()
-    (code, _, errors), _ = ended(processes, seconds=60)
-    assert code != 0 and time.monotonic() - began < HEARTBEAT + 20
-    assert "another task died" in errors or "error: " in errors, errors
+    processes[0].kill()
+    _, (code, _, errors) = ended(processes, seconds=60)
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("error: process 0 is gone"), errors
+
+
+@pytest.mark.slow
+def test_a_bug_in_one_process_ends_the_others(config, cache, tmp_path):
+    """One process reads other pictures' fault: the rest hear why."""
+    flags = [*arguments(config, tmp_path / "run"), "--config.eval.enabled=False"]
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # met by the first alone
+    (first, _, told), (second, _, heard) = ended(start_many(2, flags, cache))
+    assert first == 2 and told.strip().splitlines()[-1].startswith("error: cannot write"), told
+    assert second == 2 and "error: process 0 of 2 is gone: cannot write" in heard, heard
 
 
 def test_processes_that_would_differ_are_refused(config, cache, tmp_path):
     own = ([], ["--config.rl.beta=0.5"])
-    for code, _, errors in ended(start_many(2, arguments(config, tmp_path / "run"), cache, own)):
+    for code, _, errors in ended(start_many(2, arguments(config, tmp_path / "run"), cache, own, slurm=True)):
         assert code == 2, errors
         line = errors.strip().splitlines()[-1]
         assert line.startswith("error: process 1 of 2 ") and "config.rl.beta is 0.5 there, 0.02 in process 0" in line
@@ -206,25 +258,43 @@ def test_flags_that_make_no_place(flags, said):
 
 
 @pytest.mark.parametrize(
-    "environment,asked",
+    "environment,tpu,asked",
     [
-        ({}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, {"cluster_detection_method": "slurm"}),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
-        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        ({}, False, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, False, {"cluster_detection_method": "slurm"}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1"}, True, None),
+        ({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476", "TPU_WORKER_HOSTNAMES": "a"}, True, {}),
+        ({"TPU_WORKER_HOSTNAMES": "WARNING: could not determine TPU worker hostnames, please set them"}, True, None),
+        ({}, True, {}),  # a TPU VM: its metadata tell
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, None),
     ],
 )
-def test_the_environment_says_who_joins(monkeypatch, environment, asked):
-    for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_the_environment_says_who_joins(environment, tpu, asked):
+    assert runtime.others(environment, tpu) == asked
+
+
+def test_flags_go_before_the_environment(monkeypatch):
     calls = []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    runtime.join(None, 77)
-    assert calls == ([] if asked is None else [asked | {"heartbeat_timeout_seconds": 77}])
-    calls.clear()
-    runtime.join(runtime.Place("host:1", 2, 1), 77)
-    assert calls[0]["coordinator_address"] == "host:1" and calls[0]["process_id"] == 1
+    monkeypatch.setattr(heartbeat, "Watch", lambda seconds: types.SimpleNamespace(close=lambda: calls.append(seconds)))
+    with runtime.joined(None, 77):
+        pass
+    with runtime.joined(runtime.Place("host:1", 2, 1), 77):
+        pass
+    (slurm, closed, flags, _), longer = calls, {"heartbeat_timeout_seconds": 77 * heartbeat.JAX_FACTOR}
+    assert closed == 77 and slurm == {"cluster_detection_method": "slurm"} | longer
+    place = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
+    assert flags == place | {"cluster_detection_method": "deactivate"} | longer
+
+
+def test_silence_is_an_unchanged_beat():
+    silence = heartbeat.Silence(3, now=100.0)
+    assert silence.longer({0: "a", 1: "a"}, 109.0, 10) == []
+    assert silence.longer({0: "b", 1: "a"}, 112.0, 10) == [2]  # never heard
+    assert silence.longer({0: "b", 1: "a", 2: "a"}, 119.5, 10) == [1]
+    assert silence.longer({0: "b", 1: "b", 2: "a"}, 120.0, 10) == []

@@ -91,6 +91,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # closing waits for the other processes, and they for this one
         close_at_exit(self.close, kind)
 
     def close(self) -> None:

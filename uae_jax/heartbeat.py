@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -62,7 +62,7 @@ class Watch:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._listen)]
         for thread in self._threads:
             thread.start()
-        self._restore = tell_of_abort(state.coordinator_address) if self._process else None
+        self._coordinator = state.coordinator_address
 
     def close(self) -> None:
         """Ends jax's service when all processes are done; until then the threads watch."""
@@ -121,6 +121,15 @@ class Watch:
             if silent > 1.2 * self._heartbeat:
                 self._end(f"process 0 of {self._count} is gone: it has not answered for {silent:.0f} s")
 
+    def lost(self) -> str | None:
+        """What to tell when jax aborts this process, which it does as soon as process 0 is gone."""
+        if self._process == 0:
+            return None
+        host, port = self._coordinator.rsplit(":", 1)
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return None
+        return f"process 0 of {self._count} is gone; {_AGAIN}"
+
     def _end(self, why: str) -> NoReturn:
         _print(f"error: {why}; {_AGAIN}")
         self._exit(2)
@@ -134,26 +143,27 @@ class Watch:
         os._exit(code)
 
 
-def tell_of_abort(coordinator: str) -> object:
-    """Turns the abort of jax's client, which has lost process 0, into one line and exit code 2; other aborts stand.
+@contextlib.contextmanager
+def on_abort(line: Callable[[], str | None]) -> Iterator[None]:
+    """Within it, a process that jax's client aborts ends with one more line and exit code 2, in place of SIGABRT.
 
     Args:
-      coordinator: host:port of process 0.
-
-    Returns:
-      What must live as long as the process.
+      line: gives what to tell, or None where the abort has another reason; it then goes on.
     """
-    host, port = coordinator.rsplit(":", 1)
 
     def aborted(_number: int) -> None:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=2):
-            return  # process 0 is there: the abort is of another kind, and goes on when this returns
-        os.write(2, f"error: process 0 is gone; {_AGAIN}\n".encode())
-        os._exit(2)
+        said = line()
+        if said is not None:
+            os.write(2, f"error: {said}\n".encode())
+            os._exit(2)
 
+    # Python's own handlers run too late: in the main thread.
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)  # Python's own handlers run too late: in the main thread
-    return handler
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
 
 def _print(line: str) -> None:

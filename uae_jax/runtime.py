@@ -128,23 +128,24 @@ def joined(place: Place | None, heartbeat_seconds: int) -> Iterator[None]:
 
     from uae_jax import heartbeat
 
+    where = f"at {place.coordinator_address}" if place else "that the environment names"
+    apart = f"the processes that train together did not meet {where}: start all of them with the same command"
+    if place:
+        apart += ", each with its own --process_id"
     # SIGTERM is the training loop's, and before it begins it ends the process.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat.JAX_FACTOR * heartbeat_seconds)
+        with heartbeat.on_abort(lambda: apart):  # which is how jax tells that nobody came
+            jax.distributed.initialize(**found, heartbeat_timeout_seconds=heartbeat.JAX_FACTOR * heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
-        where = f"at {place.coordinator_address}" if place else "that the environment names"
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the processes that train together did not meet {where}: {reason}; start all of them, each with its own "
-            "--process_id, the same --num_processes and process 0's --coordinator_address"
-        ) from error
+        raise UserError(f"{apart} ({' '.join(str(error).split())[:300]})") from error
     watch = heartbeat.Watch(heartbeat_seconds)
-    try:
-        yield
-        watch.close()
-    except BaseException as error:
-        watch.leave(error)
+    with heartbeat.on_abort(watch.lost):
+        try:
+            yield
+            watch.close()
+        except BaseException as error:
+            watch.leave(error)
 
 
 def others(environment: Mapping[str, str], tpu: bool) -> dict[str, Any] | None:
