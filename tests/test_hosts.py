@@ -136,8 +136,8 @@ def stopped_together(processes, workdir, after):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_stopped_killed_and_resumed_on_other_numbers_of_processes(alone, config, cache, tmp_path, count):
-    """Several processes, asked to stop at one; several, of which one dies; one; several: the run of one process."""
+def test_stopped_killed_and_resumed_on_fewer(alone, config, cache, tmp_path, count):
+    """Several processes, asked to stop at one; again, and one dies; half as many go on: all of it is the run of one."""
     workdir = tmp_path / "run"
     flags = [*arguments(config, workdir), f"--config.heartbeat_seconds={HEARTBEAT}"]
     first = stopped_together(start_many(count, flags, cache), workdir, 1)
@@ -156,14 +156,11 @@ def test_stopped_killed_and_resumed_on_other_numbers_of_processes(alone, config,
     second = checkpoint.latest_step(workdir / "checkpoints")
     assert first < second < STEPS
 
-    third = stopped_together([start(flags, cache, DEVICES)], workdir, second + 1)
-    assert second < third < STEPS
-
-    done = ended(start_many(count, flags, cache))
-    assert [code for code, _, _ in done] == [0] * count, done
-    assert f"resuming {workdir} at step {third}" in done[0][1]
-    told = [line for _, output, _ in done[1:] for line in output.splitlines() if not line.startswith("[Gloo]")]
-    assert not told  # the first alone tells
+    fewer = count // 2
+    done = ended(start_many(fewer, flags, cache) if fewer > 1 else [start(flags, cache, DEVICES)])
+    assert [code for code, _, _ in done] == [0] * fewer, done
+    assert f"resuming {workdir} at step {second}" in done[0][1]
+    assert not any("resuming" in output or "step" in output for _, output, _ in done[1:])  # the first alone tells
     assert_same_run(workdir, alone)
 
 
@@ -178,8 +175,8 @@ def test_the_death_of_the_first_process_ends_the_others(config, cache, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_bug_in_one_process_ends_the_others(config, cache, tmp_path):
-    """One process reads other pictures' fault: the rest hear why."""
+def test_a_fault_of_one_process_ends_the_others(config, cache, tmp_path):
+    """A fault that one process alone meets: the rest hear of it."""
     flags = [*arguments(config, tmp_path / "run"), "--config.eval.enabled=False"]
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # met by the first alone
     (first, _, told), (second, _, heard) = ended(start_many(2, flags, cache))
