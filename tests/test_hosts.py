@@ -278,7 +278,9 @@ def test_flags_go_before_the_environment(monkeypatch):
     calls = []
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    monkeypatch.setattr(heartbeat, "Watch", lambda seconds: types.SimpleNamespace(close=lambda: calls.append(seconds)))
+    monkeypatch.setattr(
+        heartbeat, "Watch", lambda seconds: types.SimpleNamespace(close=lambda: calls.append(seconds), lost=None)
+    )
     with runtime.joined(None, 77):
         pass
     with runtime.joined(runtime.Place("host:1", 2, 1), 77):
