@@ -24,19 +24,20 @@ def default() -> ConfigDict:
     c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
-    c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
+    c.weights = ""  # folder with captioner/, transformer/, projector/, or with janus/; or a shipped one: tiny (""), tiny_ar
+    c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
 
     # The loop: image -> caption -> redrawn image.
-    c.train = "encoder"  # which side RL updates
+    c.train = "encoder"  # what RL learns from: encoder (captions), decoder (the image tokens it samples), both
     c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
     c.lora = ConfigDict()
     c.lora.rank = 0  # of low-rank adapters (LoRA), which then are all that is trained; 0: none, train `trainable`
     c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
     c.lora.target = r"language/layers/.*"  # regex over the encoder's parameter paths: kernels that get an adapter
     c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
-    c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
+    c.text_encoder = "frozen"  # whose weights read it to draw: frozen (as at the start) or live (in training)
     c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
 
     c.prompt = ConfigDict()
@@ -55,7 +56,10 @@ def default() -> ConfigDict:
     c.rl.clip_high = 0.2  # ... 1 + clip_high
     c.rl.inner_epochs = 1  # updates per rollout; clipping only acts from the second
     c.rl.microbatches = 1  # gradient accumulation: the batch of images is split into this many parts
-    c.rl.normaliser = "constant"  # mean over actions: constant (max_tokens), sequence (per sample), token (batch)
+    c.rl.normaliser = "constant"  # mean over a segment's actions: constant (its limit), sequence, token (batch)
+    c.rl.weights = ConfigDict()
+    c.rl.weights.caption = 1.0  # weight of the caption's part of the objective, a mean over its own tokens ...
+    c.rl.weights.image = 1.0  # ... and of the image tokens' part, where they are learnt from
     c.rl.scale_by_std = True  # divide advantages by the group's standard deviation
     c.rl.advantage_eps = 1e-4  # added to that standard deviation
     c.rl.truncated = "keep"  # captions cut off at max_tokens: keep, mask (no gradient), zero (reward 0)
@@ -70,7 +74,8 @@ def default() -> ConfigDict:
     c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
-    c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
+    c.redraw.same_noise = True  # one initial noise (one draw of image tokens) per group: only the caption differs in it
+    c.redraw.temperature = 1.0  # of image tokens, where the weights draw with them; 0 = the most likely ones
     c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
@@ -183,7 +188,7 @@ def validate(c: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no sense."""
     for stage in stages(c):
         _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
-    _one_of(c, "train", "encoder")
+    _one_of(c, "train", "encoder", "decoder", "both")
     _one_of(c, "condition_source", "text", "in_context")
     _one_of(c, "text_encoder", "frozen", "live")
     _one_of(c, "dtype", "float32", "bfloat16")
@@ -207,6 +212,8 @@ def validate(c: ConfigDict) -> None:
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
     for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
+    for name, weight in rl.weights.items():
+        _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
     for field in ("batch_size", "image_size", "held_out", "max_objects"):
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
@@ -221,6 +228,7 @@ def validate(c: ConfigDict) -> None:
         c.redraw.distilled_guidance,
         "must not be negative",
     )
+    _require(c.redraw.temperature >= 0, "redraw.temperature", c.redraw.temperature, "must not be negative")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")

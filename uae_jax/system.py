@@ -15,20 +15,26 @@ from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
 from uae_jax.models.cell_classifier.model import CellClassifier
+from uae_jax.models.janus.model import Janus
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae.model import AutoencoderKL
 from uae_jax.sampling import scheduler as schedulers
 from uae_jax.sampling.tokens import Segment, content_lengths
-from uae_jax.umm import Family, Params, caption, decoder, diffusion
+from uae_jax.umm import Family, Params, autoregressive, caption, decoder, diffusion
+from uae_jax.umm.prompts import Prompts
+
+
+# The folder, in one of weights, that holds a model which both captions and draws.
+JANUS = "janus"
 
 
 class System(NamedTuple):
     """Everything but the weights in training."""
 
-    modules: diffusion.Modules
-    prompts: diffusion.Prompts
+    modules: diffusion.Modules | Janus
+    prompts: Prompts
     tokenizer: Tokenizer
     allowed: np.ndarray  # bool [v], tokens that a caption may hold
     towers: rewards.Towers
@@ -37,7 +43,9 @@ class System(NamedTuple):
     frozen: Params  # on the mesh
 
     def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
-        """The family's functions; see `diffusion.build`."""
+        """The family's functions; see `diffusion.build` and `autoregressive.build`."""
+        if isinstance(self.modules, Janus):
+            return autoregressive.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
         return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
 
     def reward(self, config: Any, captions: Segment, similarities: dict[str, jax.Array]) -> jax.Array:
@@ -48,50 +56,71 @@ class System(NamedTuple):
 
 
 def weights_folder(config: Any) -> Path:
-    """`config.weights`, or the tiny world that ships with the package."""
-    return Path(config.weights) if config.weights else folder.shipped("tiny")
+    """`config.weights`: a folder, or the name of one that ships with the package."""
+    return folder.shipped(config.weights) if config.weights in folder.SHIPPED else Path(config.weights)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json of a captioner's folder."""
+    """tokenizer.json of the folder of a model that captions."""
     file = path / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: the captioner's folder must hold its tokenizer")
     return Tokenizer.from_file(str(file))
 
 
+def towers_folder(config: Any) -> Path:
+    """Where the towers and the judge lie: `config.towers`, named as the weights are, by default beside these."""
+    if not config.towers:
+        return weights_folder(config)
+    return folder.shipped(config.towers) if config.towers in folder.SHIPPED else Path(config.towers)
+
+
+def captioner_folder(config: Any) -> Path:
+    """The model that captions, which is what RL trains."""
+    where = weights_folder(config)
+    return where / (JANUS if (where / JANUS).is_dir() else "captioner")
+
+
 def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     """Reads all models that `config` needs from its folder of weights and places them on the mesh.
+
+    A folder with `janus/` in it is of the autoregressive family, any other of the diffusion family.
 
     Raises:
       UserError: a folder or a tensor is missing or does not fit, or a reward names no tower.
     """
-    where = weights_folder(config)
+    where, towers = weights_folder(config), towers_folder(config)
     dtype = jnp.dtype(config.dtype)
+    source = captioner_folder(config)
     # Frozen weights are read in the compute type only, so they are kept in it.
-    captioner = folder.load_model(where / "captioner", mesh, dtype)
-    tokenizer = load_tokenizer(where / "captioner")
-    drawn_by, frozen = load_decoder(where, config, mesh)
-    modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
-    if modules.projector.config.in_size != captioner.config.text.hidden_size:
-        raise UserError(
-            f"{where}: the projector reads states of {modules.projector.config.in_size} channels, but the captioner's "
-            f"have {captioner.config.text.hidden_size}: they are not of one system"
-        )
+    captioner = folder.load_model(source, mesh, dtype)
+    tokenizer = load_tokenizer(source)
+    frozen: Params = {}
+    modules: diffusion.Modules | Janus
+    if source.name == JANUS:
+        modules = Janus(captioner.config, dtype, config.remat)
+    else:
+        drawn_by, frozen = load_decoder(where, config, mesh)
+        modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
+        if modules.projector.config.in_size != captioner.config.text.hidden_size:
+            raise UserError(
+                f"{where}: the projector reads states of {modules.projector.config.in_size} channels, but the "
+                f"captioner's have {captioner.config.text.hidden_size}: they are not of one system"
+            )
     tower_models = {}
     for name in rewards.tower_names(config):
-        if not (where / name).is_dir():
-            raise UserError(f"config.reward or config.monitor names {name!r}, but {where / name} does not exist")
-        tower_models[name] = folder.load_model(where / name, mesh, dtype)
+        if not (towers / name).is_dir():
+            raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
+        tower_models[name] = folder.load_model(towers / name, mesh, dtype)
     frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
-        model = folder.load_model(where / "judge", mesh)
+        model = folder.load_model(towers / "judge", mesh)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
         modules=modules,
-        prompts=diffusion.Prompts.build(tokenizer, config, captioner.config),
+        prompts=Prompts.build(tokenizer, config, captioner.config),
         tokenizer=tokenizer,
         allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
         towers={n: rewards.tower(m.config, dtype) for n, m in tower_models.items()},

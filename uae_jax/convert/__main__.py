@@ -42,8 +42,8 @@ def export(source: Path, target: Path, adapter: bool, whole: bool = False) -> st
         raise UserError(
             f"--umm: {source} is not the workdir of a run, whose config.json says how its parts go together"
         )
-    if (source / "captioner").is_dir() and not (source / "config.json").exists():
-        source = source / "captioner"
+    if not (source / "config.json").exists():
+        source = next((source / name for name in ("captioner", system.JANUS) if (source / name).is_dir()), source)
     raw = folder.load_config(source)
     if folder.architecture(raw):
         if adapter or whole:
@@ -61,7 +61,7 @@ def export(source: Path, target: Path, adapter: bool, whole: bool = False) -> st
     trained = transfer.Trained(leaves.shapes, leaves.read, config.get("lora", {}).get("alpha", 1.0))
     if whole:
         return umm.export(config, target, trained, f"step {step} of {source}")
-    start = system.weights_folder(config) / "captioner"
+    start = system.captioner_folder(config)
     if adapter:
         done = transfer.export_adapter(start, target, trained)
     else:

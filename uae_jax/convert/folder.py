@@ -23,6 +23,9 @@ from uae_jax.models.dinov3 import config as dinov3_config
 from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
+from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import vq, vq_weights
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -34,6 +37,10 @@ from uae_jax.models.t5 import config as t5_config
 from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
+
+
+# Names that `config.weights` may have instead of a path: the tiny worlds.
+SHIPPED = ("", "tiny", "tiny_ar")
 
 
 class Architecture(NamedTuple):
@@ -50,9 +57,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2_5_VLForConditionalGeneration": Architecture(
         qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
     ),
+    "JanusForConditionalGeneration": Architecture(janus_config.Config, janus_weights.table, ties=janus_weights.ties),
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
+    "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table),
     "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
     "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
     "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
@@ -92,8 +101,8 @@ def architecture(config: dict[str, Any]) -> str:
 
 
 def shipped(name: str) -> Path:
-    """The folder of weights that comes with the package."""
-    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / name
+    """A folder of weights that comes with the package, one of `SHIPPED`; "" is `tiny`."""
+    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / (name or "tiny")
 
 
 def load_config(folder: Path) -> dict[str, Any]:

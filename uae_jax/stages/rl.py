@@ -133,7 +133,8 @@ class Gallery:
             one = likeliest.generate(params, frozen, images, keys[:, :1])
             group = family.generate(params, frozen, images, keys)
             captions = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), one, group)
-            redrawn = family.redraw(params, frozen, captions, images, jnp.concatenate([keys[:, :1], keys], axis=1))
+            again = jnp.concatenate([keys[:, :1], keys], axis=1)
+            redrawn, _ = family.redraw(params, frozen, captions, images, again)
             values = rewards.similarities(built.towers, frozen["towers"], images, redrawn)
             return captions.actions, captions.mask, redrawn, built.reward(config, captions, values)
 

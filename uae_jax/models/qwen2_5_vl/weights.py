@@ -8,7 +8,7 @@ from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
 
 def table(config: Config) -> list[Entry]:
     """Every parameter of `Qwen2_5_VL(config)`; scanned layers are stacked along leading axes."""
-    return _vision(config.vision) + _text(config.text)
+    return _vision(config.vision) + text_table(config.text)
 
 
 # Prefixes in the hub's layout, which transformers 4.x has in memory and every release reads and writes by default, and
@@ -80,7 +80,8 @@ def _vision(c: VisionConfig) -> list[Entry]:
     ]
 
 
-def _text(c: TextConfig) -> list[Entry]:
+def text_table(c: TextConfig) -> list[Entry]:
+    """Entries of the language model with its head."""
     d, path = c.hidden_size, "language/layers"
     names = layers("model.layers.{}", range(c.num_layers))
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -90,9 +91,9 @@ def _text(c: TextConfig) -> list[Entry]:
         *(
             entry
             for name, inputs, outputs, bias in (
-                ("q_proj", d, q, True),
-                ("k_proj", d, kv, True),
-                ("v_proj", d, kv, True),
+                ("q_proj", d, q, c.attention_bias),
+                ("k_proj", d, kv, c.attention_bias),
+                ("v_proj", d, kv, c.attention_bias),
                 ("o_proj", q, d, False),
             )
             for entry in _linear(
