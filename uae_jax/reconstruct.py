@@ -37,6 +37,8 @@ def load_config(workdir: Path) -> Any:
     path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
+        if isinstance(saved.get("remat"), bool):  # of earlier releases
+            saved["remat"] = "full" if saved["remat"] else "none"
         config = ConfigDict(base.default().to_dict())
         config.update(saved)
         config.reward = ConfigDict(saved.get("reward", config.reward))  # names of towers: no defaults to add
@@ -85,7 +87,7 @@ def reconstruct(workdir: Path, paths: list[str], out: Path, **sampling: Any) -> 
     step = 0
     if (workdir / "checkpoints").is_dir():
         with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
-            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
+            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh, built.rules)))
         if restored is not None:
             state, step = restored
     evaluator = Evaluator(config, built, mesh, np.stack(arrays))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from tokenizers import Tokenizer
 
-from uae_jax import lora, rewards, sharding
+from uae_jax import lora, optimizers, rewards, sharding
 from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
@@ -24,7 +24,6 @@ from uae_jax.sampling import scheduler as schedulers
 from uae_jax.sampling.tokens import Segment, content_lengths
 from uae_jax.umm import Family, Params, autoregressive, caption, decoder, diffusion
 from uae_jax.umm.prompts import Prompts
-
 
 # The folder, in one of weights, that holds a model which both captions and draws.
 JANUS = "janus"
@@ -41,6 +40,8 @@ class System(NamedTuple):
     judge: CellClassifier | None
     automaton: rewards.Automaton | None  # the data's grammar, where it has one
     frozen: Params  # on the mesh
+    mesh: jax.sharding.Mesh
+    rules: sharding.Rules  # where `frozen`, and what is trained, lie on it
 
     def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
         """The family's functions; see `diffusion.build` and `autoregressive.build`."""
@@ -96,11 +97,13 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     captioner = folder.load_model(source, mesh, dtype)
     tokenizer = load_tokenizer(source)
     frozen: Params = {}
+    drawing: sharding.Rules = ()
     modules: diffusion.Modules | Janus
     if source.name == JANUS:
         modules = Janus(captioner.config, dtype, config.remat)
     else:
         drawn_by, frozen = load_decoder(where, config, mesh)
+        drawing = decoder_rules(drawn_by, mesh)
         modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
         if modules.projector.config.in_size != captioner.config.text.hidden_size:
             raise UserError(
@@ -112,11 +115,14 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         if not (towers / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
         tower_models[name] = folder.load_model(towers / name, mesh, dtype)
+    sizes = {"start": captioner.config, "encoder": captioner.config}
+    sizes |= {f"towers/{name}": model.config for name, model in tower_models.items()}
     frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
         model = folder.load_model(towers / "judge", mesh)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
+        sizes["judge"] = model.config
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
         modules=modules,
@@ -127,6 +133,8 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         judge=judge,
         automaton=automaton,
         frozen=frozen,
+        mesh=mesh,
+        rules=(*folder.rules(sizes, mesh), *drawing, *optimizers.RULES),
     )
 
 
@@ -178,9 +186,19 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
         has = f"{where / 'vae'} is missing" if vae is None else f"the vae's latents have {latents} channels"
         raise UserError(f"{where}: {has}, but the transformer draws {drawn} channels")
     frozen: Params = {name: part.params for name, part in parts.items()}
-    frozen["pooled"] = sharding.place(load_pooled(where, model, vae), mesh)
+    frozen |= sharding.place({"pooled": load_pooled(where, model, vae)}, mesh, POOLED)
     found = schedulers.load(where / "scheduler") if (where / "scheduler").is_dir() else None
     return Decoder(projector, model, vae, found), frozen
+
+
+# The pooled condition is one vector.
+POOLED: sharding.Rules = (("pooled", sharding.Split.COPIED),)
+
+
+def decoder_rules(drawn_by: Decoder, mesh: jax.sharding.Mesh) -> sharding.Rules:
+    """Sharding rules of the parameters that `load_decoder` gives."""
+    modules = {"projector": drawn_by.projector, "transformer": drawn_by.transformer, "vae": drawn_by.vae}
+    return (*folder.rules({name: m.config for name, m in modules.items() if m is not None}, mesh), *POOLED)
 
 
 def load_pooled(where: Path, model: decoder.Transformer, vae: AutoencoderKL | None) -> np.ndarray:

@@ -40,8 +40,8 @@ def run(config: Any, workdir: Path) -> None:
 def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> bool:
     """Trains one program to its last step; False if it was asked to stop before (everything is saved)."""
     # ---- state: on the mesh, from the last checkpoint if there is one
-    state = sharding.place(program.state, mesh)
-    frozen = sharding.place(program.frozen, mesh)
+    state = sharding.place(program.state, mesh, program.rules)
+    frozen = sharding.place(program.frozen, mesh, program.rules)
     with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
         restored = saver.restore_latest(checkpoint.abstract(state))
         if restored is not None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from uae_jax.sharding import Rules
 from uae_jax.step import Metrics, State
 
 
@@ -19,6 +20,7 @@ class Program(NamedTuple):
 
     state: State
     frozen: Any
+    rules: Rules  # where the state's and the frozen parameters lie on the mesh
     step: Callable[[State, Any, dict[str, jax.Array]], tuple[State, Metrics]]  # pure; the loop compiles it
     batches: Batches
     steps: int

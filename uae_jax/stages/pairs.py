@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from uae_jax import optimizers, system
+from uae_jax import optimizers, sharding, system
 from uae_jax.convert import folder, transfer
 from uae_jax.data import pairs
 from uae_jax.errors import UserError
@@ -74,9 +74,25 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         value = ((prediction - target) ** 2).mean()
         return value, {"loss": value, "caption/length": batch["length"].mean()}
 
-    params = system.trainable({name: frozen[name] for name in PARTS}, settings.trainable)
+    rules = (
+        *folder.rules({"start": captioner.config}, mesh),
+        *system.decoder_rules(drawn_by, mesh),
+        *optimizers.RULES,
+    )
+    params = sharding.made(
+        lambda parts: system.trainable(parts, settings.trainable),
+        {name: frozen[name] for name in PARTS},
+        mesh=mesh,
+        rules=rules,
+    )
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
-    state = coldstart.initial_state(jax.random.key(config.seed), params, optimizer)
+    state = State(
+        jnp.int32(0),
+        jax.random.key(config.seed),
+        params,
+        sharding.made(optimizer.init, params, mesh=mesh, rules=rules),
+        jnp.int32(0),
+    )
     if settings.ema:
         state = state.replace(ema=jax.tree.map(jnp.copy, params))
 
@@ -88,6 +104,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     return Program(
         state=state,
         frozen=frozen,
+        rules=rules,
         step=coldstart.supervised_step(loss, optimizer, settings.ema),
         batches=pairs.PairBatches(
             pairs.read_pairs(config.data.path),

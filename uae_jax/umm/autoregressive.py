@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import lora
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.janus.config import Config
@@ -103,6 +104,7 @@ def build(
     if temperature is not None:
         words = words._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
     codes = tokens.Sampling(c.vq.num_patches**2, (), drawn.temperature)
+    rules = folder.rules_of(c, mesh)
     every_code = np.ones(c.vq.num_embeddings, bool)
 
     def full(params: Params, frozen: Params) -> Params:
@@ -110,7 +112,9 @@ def build(
 
     def generate(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> Segment:
         prompt = about(images, prompts, c)
-        return caption.generate(model, full(params, frozen), prompt, keys, allowed=allowed, sampling=words, mesh=mesh)
+        return caption.generate(
+            model, full(params, frozen), prompt, keys, allowed=allowed, sampling=words, mesh=mesh, rules=rules
+        )
 
     def asking(captions: Segment) -> Prompt:
         """Prompts [b, g]; [2, b, g], conditional and unconditional, where there is guidance."""
@@ -131,14 +135,12 @@ def build(
         # Every caption is a prompt of its own, with one answer.
         answers = caption.generate(
             model, weights, asking(captions), keys[..., None],
-            allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
+            allowed=every_code, sampling=codes, mesh=mesh, rules=rules, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
         return apply(model, weights, segment.actions, method="decode_codes"), {"image": segment}
 
-    def log_probs(
-        params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory
-    ) -> dict[str, jax.Array]:
+    def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]
         scores = {
             "caption": caption.log_probs(

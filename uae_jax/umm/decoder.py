@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax import sharding
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.flux import config as flux_config
@@ -14,7 +15,6 @@ from uae_jax.models.flux.model import FluxTransformer
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.models.vae.model import AutoencoderKL, gaussian
-from uae_jax.models.vae.pieces import sliced
 from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.umm import Params
@@ -23,7 +23,7 @@ Transformer = SD3Transformer | FluxTransformer
 KINDS = (sd3_config.CLASS_NAME, flux_config.CLASS_NAME)
 
 
-def transformer(config: Any, dtype: Any = jnp.float32, remat: bool = True) -> Transformer:
+def transformer(config: Any, dtype: Any = jnp.float32, remat: str = "full") -> Transformer:
     """The MM-DiT of a config of one of `KINDS`."""
     if isinstance(config, flux_config.Config):
         return FluxTransformer(config, dtype, remat)
@@ -126,12 +126,12 @@ def guided_step(
 
 
 def pixels_from_latents(
-    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, slices: bool = False
+    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, parts: int = 1
 ) -> jax.Array:
     """Images [b, g, H, W, 3] in 0..1 of latents [b, g, h, w, c]; without a VAE, latents are pixels in -1..1.
 
     Args:
-      slices: decode one sample of each group at a time.
+      parts: decode each group in this many parts, one after the other.
     """
     if vae is not None:
 
@@ -139,7 +139,7 @@ def pixels_from_latents(
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             return apply(vae, params, z, method="decode").astype(jnp.float32)
 
-        latents = sliced(decode, latents, axis=1) if slices else decode(latents)
+        latents = sharding.in_parts(decode, latents, parts, axis=1)
     return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
 
 

@@ -165,12 +165,12 @@ class FluxTransformer(nn.Module):
       config: sizes.
       dtype: compute dtype; parameters are float32, norms, softmax, rotations and time sinusoids compute in float32
         (diffusers rounds time and guidance to `dtype` first, which in bfloat16 moves the time by several of its 1000).
-      remat: recompute the activations of a block in the backward pass.
+      remat: what of a block the backward pass computes again; see `models.REMAT`.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     @nn.compact
     def __call__(

@@ -131,12 +131,12 @@ class SD3Transformer(nn.Module):
     Attributes:
       config: sizes.
       dtype: compute dtype; parameters are float32, norms, softmax and time sinusoids compute in float32.
-      remat: recompute the activations of a block in the backward pass.
+      remat: what of a block the backward pass computes again; see `models.REMAT`.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     @nn.compact
     def __call__(
