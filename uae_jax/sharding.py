@@ -12,6 +12,7 @@ declares beside its table of weights which `Split` each of its parameters takes,
 """
 
 import enum
+import functools
 import itertools
 import math
 import re
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -217,7 +218,9 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def batch_axes(mesh: Mesh, b: int, g: int = 1, spare: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def batch_axes(
+    mesh: Mesh | AbstractMesh, b: int, g: int = 1, spare: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes that split b, and those that split g: of slice, data and fsdp as many as divide, rather b than g.
 
     Args:
@@ -241,6 +244,38 @@ def batch_axes(mesh: Mesh, b: int, g: int = 1, spare: bool = False) -> tuple[tup
     if spare and mesh.shape["tensor"] > 1 and g % ways((*best[1], "tensor")) == 0:
         best = (best[0], (*best[1], "tensor"))
     return best
+
+
+def leading_axes(mesh: Mesh | AbstractMesh, batch: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """The axes that split the last two of an activation's leading axes, b and g, or its only one, b."""
+    if not batch:
+        return ()
+    return batch_axes(mesh, *batch[-2:], spare=True) if len(batch) > 1 else batch_axes(mesh, batch[0])[:1]
+
+
+def under(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` traced with the mesh in context, so that a kernel can be chosen and split inside (`attention`)."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return call
+
+
+def platform() -> str:
+    """tpu, gpu or cpu: of the mesh in context, which may be of machines that are not here; without one, cpu.
+
+    Without a mesh nobody says how a kernel is to be split, which leaves what runs everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return "cpu"
+    found = mesh.abstract_device.platform
+    return "gpu" if found in ("cuda", "rocm") else found
 
 
 def group_ways(mesh: Mesh | None, b: int, g: int, spare: bool = False) -> int:

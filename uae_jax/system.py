@@ -45,9 +45,12 @@ class System(NamedTuple):
 
     def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
         """The family's functions; see `diffusion.build` and `autoregressive.build`."""
-        if isinstance(self.modules, Janus):
-            return autoregressive.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
-        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+        family = (
+            autoregressive.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+            if isinstance(self.modules, Janus)
+            else diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+        )
+        return Family(*(sharding.under(mesh, function) for function in family))
 
     def reward(self, config: Any, captions: Segment, similarities: dict[str, jax.Array]) -> jax.Array:
         """The reward [b, g] of captions and their redraws, as the step reckons it."""
