@@ -399,7 +399,7 @@ BAD = {
     "truncated": "model-00002-of-00002.safetensors is damaged or truncated",
     "pointer": "model-00002-of-00002.safetensors is damaged or truncated",
     "broken index": "model.safetensors.index.json is not an index",
-    "pickles": "safe_serialization=True",
+    "pickles": "where torch is installed, run python -c",
     "nothing": "model.safetensors is missing",
 }
 

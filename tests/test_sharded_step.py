@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
+FAMILIES = ("diffusion", "autoregressive")
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,12 +35,16 @@ def collectives(text: str) -> list[str]:
     return re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w\-]*\(", text)
 
 
-def worker(weights: str, data: int, fsdp: int, tensor: int) -> dict:
-    """Runs in a process of its own: two steps on a mesh, the collectives of the token loop, and what is donated."""
+def worker(weights: str, janus: str, data: int, fsdp: int, tensor: int) -> dict:
+    """Runs in a process of its own: two steps on a mesh, the collectives of the token loops, and what is donated.
+
+    Args:
+      weights: of the diffusion family, and towers.
+      janus: weights of the autoregressive family, if it is that which runs.
+    """
     import jax
     import jax.numpy as jnp
 
-    from tests import tiny
     from tests.test_step import make
     from uae_jax import sharding, system
 
@@ -53,7 +60,8 @@ def worker(weights: str, data: int, fsdp: int, tensor: int) -> dict:
         "redraw__gather": "layer" if tensor == 1 else "once",
         "eval__batch_size": 8,
     }
-    config = tiny.config(weights, **changes)
+    both = {"train": "both", "text_encoder": "live", "redraw__same_noise": False, "redraw__guidance": 2.0}
+    config = tiny.ar_config(janus, weights, **changes, **both) if janus else tiny.config(weights, **changes)
     mesh = sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
     built = system.load(config, mesh)
     state, function = make(config, built, mesh)
@@ -67,6 +75,8 @@ def worker(weights: str, data: int, fsdp: int, tensor: int) -> dict:
     early = [
         (c, b) for c, b in loops if "pred[] all-reduce" in reachable(text, c) or "all-reduce(" in reachable(text, c)
     ]
+    # Image tokens are of one number, so their loop counts up to it.
+    counted = [b for c, b in loops if f"constant({tiny.CODES})" in reachable(text, c)]
     rows = []
     for _ in range(2):
         state, metrics = compiled(state, built.frozen, batch)
@@ -74,7 +84,8 @@ def worker(weights: str, data: int, fsdp: int, tensor: int) -> dict:
     return {
         "rows": rows,
         "early": len(early),
-        "inside": [kind for _, b in early for _, kind in collectives(reachable(text, b))],
+        "counted": len(counted),
+        "inside": [found for b in [*(b for _, b in early), *counted] for found in collectives(reachable(text, b))],
         "split": len(split),
         "copied": [
             jax.tree_util.keystr(path, simple=True, separator="/")
@@ -99,17 +110,29 @@ def run(call: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one(weights):
-    return run(f"worker({str(weights)!r}, 1, 1, 1)")
+def unsharded(weights, tmp_path_factory):
+    """{family: (Janus' weights, the worker's findings on one device)}, as they are asked for."""
+
+    class Findings(dict):
+        def __missing__(self, family):
+            janus = str(tiny.write_janus(tmp_path_factory.mktemp("janus"))) if family == "autoregressive" else ""
+            self[family] = janus, run(f"worker({str(weights)!r}, {janus!r}, 1, 1, 1)")
+            return self[family]
+
+    return Findings()
 
 
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_sharded_equals_unsharded_and_gathers_outside_the_token_loop(weights, one, mesh):
-    eight = run(f"worker({str(weights)!r}, {', '.join(map(str, mesh))})")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharded_equals_unsharded_and_gathers_outside_the_token_loops(weights, unsharded, family, mesh):
+    janus, one = unsharded[family]
+    eight = run(f"worker({str(weights)!r}, {janus!r}, {', '.join(map(str, mesh))})")
     assert eight["split"] > 0 and one["split"] == 0
     assert eight["early"] == 1
+    assert eight["counted"] == (1 if janus else 0)
     # Of heads, widths and words that tensor splits, the parts are summed; nothing is gathered or moved.
-    assert set(eight["inside"]) == (set() if mesh[2] == 1 else {"all-reduce"}), eight["inside"]
+    kinds = {kind for _, kind in eight["inside"]}
+    assert kinds == (set() if mesh[2] == 1 else {"all-reduce"}), eight["inside"]
     assert not [path for path in eight["copied"] if path.endswith(("kernel", "embedding", "lora_a", "lora_b"))]
     assert eight["donated"][0] >= eight["donated"][1] > 0
     for name in ("reward/mean", "caption/length", "loss", "kl", "grad_norm", "logp/sampler_gap"):

@@ -33,6 +33,7 @@ LLAMA = LanguageConfig(102400, 4096, 11008, 30, 32, 32, 10000.0, (64,), False, a
 REAL = {
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl_7b.CAPTIONER,
     "JanusForConditionalGeneration": JanusConfig(LLAMA, JanusVision(), VQConfig(projection_dim=4096)),
+    "MultiModalityCausalLM": JanusConfig(LLAMA, JanusVision(), VQConfig(projection_dim=4096)),
     "SD3Transformer2DModel": uae.TRANSFORMER,
     "FluxTransformer2DModel": uniworld_v1.TRANSFORMER,
     "AutoencoderKL": uae.VAE,

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
 
-STAGES = ("tower", "captioner", "decoder", "rl")
+STAGES = ("tower", "captioner", "decoder", "tokenizer", "joint", "rl")
 
 # Fields that may change between a run and its continuation in the same workdir.
-# The last three change how a step is computed, not what.
+# The last four change how a step is computed, not what.
 MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather")
 
 
@@ -22,12 +22,10 @@ def default() -> ConfigDict:
     """The base of all configs."""
     c = ConfigDict()
 
-    c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
+    c.stage = "rl"  # what to run: rl, or a part of a supervised cold start (STAGES); several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
-    c.weights = (
-        ""  # folder with captioner/, transformer/, projector/, or with janus/; or a shipped one: tiny (""), tiny_ar
-    )
+    c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
     c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = "full"  # what the backward pass computes again: full, dots, none, offload (uae_jax.models.REMAT)

@@ -93,51 +93,74 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     Raises:
       UserError: a folder or a tensor is missing or does not fit, or a reward names no tower.
     """
-    where, towers = weights_folder(config), towers_folder(config)
-    dtype = jnp.dtype(config.dtype)
+    where, dtype = weights_folder(config), jnp.dtype(config.dtype)
     source = captioner_folder(config)
     # Frozen weights are read in the compute type only, so they are kept in it.
     captioner = folder.load_model(source, mesh, dtype)
     tokenizer = load_tokenizer(source)
     frozen: Params = {}
-    drawing: sharding.Rules = ()
     modules: diffusion.Modules | Janus
     if source.name == JANUS:
         modules = Janus(captioner.config, dtype, config.remat)
     else:
         drawn_by, frozen = load_decoder(where, config, mesh)
-        drawing = decoder_rules(drawn_by, mesh)
         modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
         if modules.projector.config.in_size != captioner.config.text.hidden_size:
             raise UserError(
                 f"{where}: the projector reads states of {modules.projector.config.in_size} channels, but the "
                 f"captioner's have {captioner.config.text.hidden_size}: they are not of one system"
             )
+    frozen["start"] = captioner.params
+    return complete(config, mesh, modules, captioner.config, tokenizer, frozen)
+
+
+def complete(
+    config: Any,
+    mesh: jax.sharding.Mesh,
+    modules: diffusion.Modules | Janus,
+    sizes: Any,
+    tokenizer: Tokenizer,
+    frozen: Params,
+) -> System:
+    """A family's networks with the prompts, towers and judge that `config` names, read from `towers_folder`.
+
+    Args:
+      sizes: config of the model that captions.
+      frozen: what the family needs; see its `build`.
+
+    Raises:
+      UserError: see `load`.
+    """
+    towers, dtype = towers_folder(config), jnp.dtype(config.dtype)
     tower_models = {}
     for name in rewards.tower_names(config):
         if not (towers / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
         tower_models[name] = folder.load_model(towers / name, mesh, dtype)
-    sizes = {"start": captioner.config, "encoder": captioner.config}
-    sizes |= {f"towers/{name}": model.config for name, model in tower_models.items()}
-    frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
+    placed = {"start": sizes, "encoder": sizes}
+    placed |= {f"towers/{name}": model.config for name, model in tower_models.items()}
+    frozen = frozen | {"towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
         model = folder.load_model(towers / "judge", mesh)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
-        sizes["judge"] = model.config
+        placed["judge"] = model.config
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
         modules=modules,
-        prompts=Prompts.build(tokenizer, config, captioner.config),
+        prompts=Prompts.build(tokenizer, config, sizes),
         tokenizer=tokenizer,
-        allowed=caption.allowed_tokens(tokenizer, captioner.config.text.vocab_size, captioner.config.eos_token_id),
+        allowed=caption.allowed_tokens(tokenizer, sizes.text.vocab_size, sizes.eos_token_id),
         towers={n: rewards.tower(m.config, dtype) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
         frozen=frozen,
         mesh=mesh,
-        rules=(*folder.rules(sizes, mesh), *drawing, *optimizers.RULES),
+        rules=(
+            *folder.rules(placed, mesh),
+            *(() if isinstance(modules, Janus) else decoder_rules(modules, mesh)),
+            *optimizers.RULES,
+        ),
     )
 
 
@@ -198,7 +221,7 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
 POOLED: sharding.Rules = (("pooled", sharding.Split.COPIED),)
 
 
-def decoder_rules(drawn_by: Decoder, mesh: jax.sharding.Mesh) -> sharding.Rules:
+def decoder_rules(drawn_by: Decoder | diffusion.Modules, mesh: jax.sharding.Mesh) -> sharding.Rules:
     """Sharding rules of the parameters that `load_decoder` gives."""
     modules = {"projector": drawn_by.projector, "transformer": drawn_by.transformer, "vae": drawn_by.vae}
     return (*folder.rules({name: m.config for name, m in modules.items() if m is not None}, mesh), *POOLED)

@@ -45,24 +45,25 @@ def tiny_janus(kind: str = "untied"):
         vision_config=dict(
             vision, image_size=SIDE, patch_size=PATCH, projection_dim=width, num_image_tokens=(SIDE // PATCH) ** 2
         ),
-        vq_config=dict(
-            embed_dim=8,
-            num_embeddings=CODES,
-            latent_channels=16,
-            base_channels=32,
-            channel_multiplier=[1, 1, 2, 2],
-            num_res_blocks=1,
-            projection_dim=width,
-            image_token_embed_dim=width,
-            num_hidden_layers=vision["depth"],
-        ),
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": CODES,
+            "latent_channels": 16,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 2, 2],
+            "num_res_blocks": 1,
+            "projection_dim": width,
+            "image_token_embed_dim": width,
+            "num_hidden_layers": vision["depth"],
+        },
         image_token_id=IMAGE,
         tie_word_embeddings=tied,
     )
     config._attn_implementation = "eager"
     model = transformers.JanusForConditionalGeneration(config).eval()
     redraw(model)
-    model.generation_config.update(**TOKENS, generation_kwargs={"boi_token_id": START})
+    model.generation_config.update(**TOKENS)
+    model.generation_config.generation_kwargs = {"boi_token_id": START}
     return model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.parity.janus import CODES, CONFIGS, IMAGE, PAD, START, as_pixels, greedy_text, picture
+from tests.parity.janus import BOS, CODES, CONFIGS, IMAGE, PAD, START, as_pixels, greedy_codes, greedy_text, picture
 from tests.parity.janus import END as END_OF_IMAGE
 from tests.parity.janus import tiny_janus as build
 from uae_jax.convert.table import load, save
@@ -35,14 +35,13 @@ def pair(request, tmp_path_factory):
     return reference, Janus(ours), load(table(ours), files), files
 
 
-def caller(pair):
-    """Our model's methods, compiled: call("embed", tokens)."""
+@pytest.fixture(scope="module")
+def call(pair):
+    """Our model's methods, each compiled once a shape: call("embed", tokens)."""
     _, model, params, _ = pair
-
-    def call(method, *args):
-        return jax.jit(functools.partial(model.apply, method=method))({"params": params}, *args)
-
-    return call
+    methods = ["embed", "hidden", "logits", "encode_image", "embed_codes", "code_logits", "encode_codes", "decode_codes"]
+    compiled = {name: jax.jit(functools.partial(model.apply, method=name)) for name in methods}
+    return lambda name, *arguments: compiled[name]({"params": params}, *arguments)
 
 
 def prompts():
@@ -85,20 +84,20 @@ def test_config_travels(pair):
 
 
 @pytest.mark.parametrize("contrast", [1, 1e-2])
-def test_image_features(pair, contrast):
+def test_image_features(pair, call, contrast):
     """A nearly flat picture brings the norms' epsilon out; leading axes are free."""
     reference = pair[0]
     images = np.float32(contrast) * (2 * picture(3, 4) - 1)
     with torch.no_grad():
         expected = reference.model.get_image_features(torch.from_numpy(images.transpose(0, 3, 1, 2))).pooler_output
-    found = caller(pair)("encode_image", images[None])
+    found = call("encode_image", images[None])
     assert found.shape == (1, *expected.shape)
     assert np.abs(found[0] - expected.numpy()).max() < TOLERANCE
 
 
-def test_hidden_states_and_logits(pair):
+def test_hidden_states_and_logits(pair, call):
     """Prompts with images and left padding: final states, logits of text and of codes."""
-    reference, call = pair[0], caller(pair)
+    reference = pair[0]
     tokens, mask, pictures = prompts()
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
     with torch.no_grad():
@@ -120,9 +119,9 @@ def test_hidden_states_and_logits(pair):
     assert call("logits", hidden).dtype == call("code_logits", hidden).dtype == jnp.float32
 
 
-def test_codes(pair):
+def test_codes(pair, call):
     """Codes into the language model, images into codes and back."""
-    reference, call = pair[0], caller(pair)
+    reference = pair[0]
     codes = np.random.default_rng(2).integers(0, CODES, (2, 16))
     with torch.no_grad():
         embeds = reference.prepare_embeddings_for_image_generation(torch.from_numpy(codes)).numpy()
@@ -140,9 +139,9 @@ def test_codes(pair):
     assert np.array_equal(call("encode_codes", picture(7, 8)), expected)
 
 
-def test_greedy_caption(pair):
+def test_greedy_caption(pair, call):
     """Prefill, then a token at a time at one slot for the whole batch: transformers' tokens and logits."""
-    reference, call = pair[0], caller(pair)
+    reference = pair[0]
     tokens, mask, pictures = prompts()
     new = 8
     expected, logits = greedy_text(reference, tokens, mask, pictures, new)
@@ -150,9 +149,8 @@ def test_greedy_caption(pair):
     visible = np.pad(mask, [(0, 0), (0, new)], constant_values=True)
     slots = np.arange(t + new)
     embeds = call("embed", tokens, call("encode_image", 2 * pictures - 1))
-    hidden, cache = call(
-        "hidden", embeds, np.maximum(np.cumsum(mask, 1) - 1, 0), np.tril(np.ones((t, t), bool)) & mask[:, None]
-    )
+    positions, seen = np.maximum(np.cumsum(mask, 1) - 1, 0), np.tril(np.ones((t, t), bool)) & mask[:, None]
+    hidden, cache = call("hidden", embeds, positions, seen)
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]), cache)
     for i in range(new):
         found = call("logits", hidden[:, -1])
@@ -162,3 +160,24 @@ def test_greedy_caption(pair):
         at = mask.sum(1, keepdims=True) + i
         hidden, cache = call("hidden", call("embed", token), at, (visible & (slots <= t + i))[:, None], cache, t + i)
     assert all(len(set(row)) > 2 for row in expected.tolist())  # otherwise there was little to get wrong
+
+
+def test_greedy_codes(pair, call):
+    """Guided image tokens, one prompt at a time, so that none is padded: transformers' codes."""
+    reference = pair[0]
+    tokens = np.array([[BOS, 7, 3, 22, 41, 5, START]])
+    everything = np.ones(tokens.shape, bool)
+    guided, less = (greedy_codes(reference, tokens, everything, scale) for scale in (5.0, 1.5))
+    assert not np.array_equal(guided, less) and len(set(guided[0].tolist())) > 3
+    rows = np.concatenate([tokens, np.where((tokens == BOS) | (tokens == START), tokens, PAD)])
+    t, n = rows.shape[1], guided.shape[1]
+    # All at once, of one shape: what is not drawn yet is hidden by causality.
+    embeds = np.pad(call("embed", rows), [(0, 0), (0, n), (0, 0)])
+    positions, seen = np.broadcast_to(np.arange(t + n), (2, t + n)), np.tril(np.ones((t + n, t + n), bool))
+    found = []
+    for i in range(t, t + n):
+        hidden, _ = call("hidden", embeds, positions, seen)
+        conditional, unconditional = call("code_logits", hidden[:, i - 1])
+        found.append(int(np.argmax(unconditional + 5.0 * (conditional - unconditional))))
+        embeds[:, i] = call("embed_codes", np.array([found[-1]]))
+    assert found == guided[0].tolist()

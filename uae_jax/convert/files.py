@@ -69,9 +69,17 @@ def read_headers(folder: Path) -> Headers:
             return Headers(stem, *_read_shards(folder, index))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
+        suffix = Path(pickles[0]).suffix
+        # Tensors that share memory are refused by safetensors: they are cloned.
+        command = (
+            "import glob, torch; from safetensors.torch import save_file; x = {}; "
+            f"[x.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob('{folder}/*{suffix}')]; "
+            "save_file({k: v.contiguous().clone() for k, v in x.items()}, "
+            f"'{folder}/model.safetensors', {{'format': 'pt'}})"
+        )
         raise UserError(
             f"{folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which are never read: "
-            "load it in transformers and save it with model.save_pretrained(DIR, safe_serialization=True)"
+            f'where torch is installed, run python -c "{command}"'
         )
     raise UserError(f"{folder / 'model.safetensors'} is missing, and model.safetensors.index.json too")
 

@@ -24,6 +24,7 @@ from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
 from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import original as janus_original
 from uae_jax.models.janus import vq, vq_weights
 from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.projector import model as projector
@@ -51,15 +52,29 @@ class Architecture(NamedTuple):
     rules: Callable[[Any, int], Rules]  # (config, size of the mesh's tensor axis) -> where its parameters go
     canonical: Callable[[str], str] = lambda name: name  # a tensor's name in the table, where releases differ
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
+    unused: Callable[[str], bool] = lambda name: False  # tensors that a file may hold and the model does not read
+    module_name: Callable[[str], str] = lambda name: name  # of a tensor in transformers' class, where files differ
 
 
 # by the class that config.json names
 ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2_5_VLForConditionalGeneration": Architecture(
-        qwen_config.Config, qwen_weights.table, qwen_weights.rules, qwen_weights.canonical, qwen_weights.ties
+        qwen_config.Config,
+        qwen_weights.table,
+        qwen_weights.rules,
+        qwen_weights.canonical,
+        qwen_weights.ties,
+        module_name=qwen_weights.module_name,
     ),
     "JanusForConditionalGeneration": Architecture(
         janus_config.Config, janus_weights.table, janus_weights.rules, ties=janus_weights.ties
+    ),
+    "MultiModalityCausalLM": Architecture(
+        janus_original,
+        janus_original.table,
+        janus_weights.rules,
+        ties=janus_original.ties,
+        unused=janus_original.unused,
     ),
     "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table, sd3_weights.rules),
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table, flux_weights.rules),
@@ -87,6 +102,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# by the model_type of a config.json that names no class
+_BY_TYPE = {janus_original.MODEL_TYPE: "MultiModalityCausalLM"}
+
+
 class Model(NamedTuple):
     """An architecture's config and its parameters."""
 
@@ -104,11 +123,13 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, np.ndarray]  # views of the files, under the table's names
     written: dict[str, list[str]]  # the names in the files of each, more than one where it is tied
     stem: str  # of the files' names
+    unused: dict[str, np.ndarray]  # views of tensors that no parameter is made of
 
 
 def architecture(config: dict[str, Any]) -> str:
     """The class that a config.json names, in transformers' or diffusers' way."""
-    return config.get("_class_name") or (config.get("architectures") or [""])[0]
+    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    return named or _BY_TYPE.get(config.get("model_type", ""), "")
 
 
 def rules_of(config: Any, mesh: Mesh | None) -> Rules:
@@ -171,7 +192,8 @@ def open_model(folder: Path) -> Checkpoint:
     ]
     ties = {name: target for name, target in known.ties(config).items() if name in headers}
     names: dict[str, str] = {}
-    for name in [name for name in headers if name not in ties]:
+    unused = [name for name in headers if known.unused(name)]
+    for name in [name for name in headers if name not in ties and name not in unused]:
         other = names.setdefault(known.canonical(name), name)
         if other != name:
             problems.append(f"twice: {known.canonical(name)}, as {other} and {name}")
@@ -184,7 +206,7 @@ def open_model(folder: Path) -> Checkpoint:
         if not _equal(views[name], tensors[target]):
             raise UserError(f"{folder}: config.json ties {name} to {names[target]}, but they differ: untie them there")
         written[target].append(name)
-    return Checkpoint(folder, kind, config, table, tensors, written, stem)
+    return Checkpoint(folder, kind, config, table, tensors, written, stem, {name: views[name] for name in unused})
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:

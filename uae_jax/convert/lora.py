@@ -14,7 +14,6 @@ from safetensors import safe_open
 from uae_jax.convert import files
 from uae_jax.convert import table as tables
 from uae_jax.errors import UserError
-from uae_jax.models.qwen2_5_vl.weights import module_name
 
 LEAVES = ("lora_a", "lora_b")
 
@@ -43,6 +42,7 @@ def write_adapter(
     read: Callable[[str], np.ndarray],
     alpha: float,
     base: str,
+    module_name: Callable[[str], str],
 ) -> int:
     """Writes adapter_model.safetensors and adapter_config.json, in PEFT's names and layout.
 
@@ -53,9 +53,13 @@ def write_adapter(
       read: gives a leaf by its path.
       alpha: a product of adapters counts alpha / r.
       base: folder of the model that the adapters belong to.
+      module_name: name of a tensor in the file -> in the class that loads it.
 
     Returns:
       How many linear layers have an adapter.
+
+    Raises:
+      UserError: adapters of layers that are one matrix there.
     """
     tensors: dict[str, np.ndarray] = {}
     modules = []
@@ -66,6 +70,8 @@ def write_adapter(
         a, b = (np.asarray(read(name), np.float32) for name in names)
         for index, name in tables.indexed(entry.names):
             module = module_name(name).removesuffix(".weight")
+            if a[index].ndim != 2:
+                raise UserError(f"--adapter: {module} is one layer in {base}, with adapters of its parts: merge them")
             modules.append(module)
             # torch's linear layers are [out, in]
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[index].T

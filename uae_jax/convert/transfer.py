@@ -3,9 +3,11 @@
 An import is a checked copy, and so is an export; both go through the table of names tensor by tensor, so that nothing
 but what the model knows can pass. The folder keeps names (the key layout), types and bits of the tensors that it had,
 however many files they lay in; config.json, tokenizer and processor files are copied as they stand. An export of a
-trained run is that copy of the weights it started from, with what was trained put in its place.
+trained run is that copy of the weights it started from, with what was trained put in its place. Tensors that a release
+carries and its model never reads (`Architecture.unused`) are copied as they stand.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -63,8 +65,10 @@ def copy_model(source: Path, target: Path, trained: Trained = NOTHING, shard_byt
         for canonical in tables.flat_names(entry.names)
         for name in found.written[canonical]
     }
+    specs |= {name: files.Spec(tensor.dtype, tensor.shape) for name, tensor in found.unused.items()}
     with storage.new_folder(target) as partial:
-        names = files.write(partial, specs, _tensors(found, trained), found.stem, shard_bytes)
+        tensors = itertools.chain(_tensors(found, trained), found.unused.items())
+        names = files.write(partial, specs, tensors, found.stem, shard_bytes)
         _copy_companions(source, partial)
     return f"{found.architecture}, {len(specs)} tensors in {len(names)} file{'s'[: len(names) > 1]}"
 
@@ -82,7 +86,13 @@ def export_adapter(source: Path, target: Path, trained: Trained) -> str:
         raise UserError("--adapter: this run trained whole parameters, no adapters: export it without --adapter")
     with storage.new_folder(target) as partial:
         count = lora.write_adapter(
-            partial, found.table, trained.shapes, trained.read, trained.alpha, str(source.resolve())
+            partial,
+            found.table,
+            trained.shapes,
+            trained.read,
+            trained.alpha,
+            str(source.resolve()),
+            folder.ARCHITECTURES[found.architecture].module_name,
         )
     return f"adapters of {count} linear layers"
 

@@ -10,7 +10,8 @@ from uae_jax.data.shapes import tokenizer as shapes_tokenizer
 from uae_jax.errors import UserError
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from uae_jax.stages import Program, captioner, coldstart, decoder, pairs, rl, tower
+from uae_jax.stages import Program, captioner, coldstart, decoder, joint, pairs, rl, tower
+from uae_jax.stages import tokenizer as vq_tokenizer
 from uae_jax.umm import caption, diffusion
 from uae_jax.umm import decoder as drawing
 
@@ -26,11 +27,17 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
         return rl.build(config, workdir, mesh)
     if stage == "decoder" and config.data.source == "jsonl":
         return pairs.build(config, workdir, mesh)
-    if "models" not in config:
+    if "models" not in config or stage not in config:
+        like = "tiny_ar_coldstart" if stage in ("tokenizer", "joint") else "tiny_coldstart"
         raise UserError(
-            f"config.stage = {stage!r} starts from nothing and needs config.models, as configs/tiny_coldstart.py"
+            f"config.stage = {stage!r} starts from nothing and needs config.models and config.{stage}, as"
+            f" configs/{like}.py"
         )
+    if stage == "tokenizer":
+        return vq_tokenizer.build(config, workdir, mesh)
     tokenizer = shapes_tokenizer.build()
+    if stage == "joint":
+        return joint.build(config, workdir, tokenizer, mesh)
     sizes = coldstart.model_config(config, "captioner")
     modules = diffusion.Modules(
         Qwen2_5_VL(sizes, remat=config.remat),

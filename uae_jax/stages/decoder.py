@@ -110,7 +110,7 @@ def build(
         folder.save_model(weights / "projector", projector.config, trained["projector"] | jax.device_get(fixed))
         folder.save_model(weights / "transformer", transformer.config, trained["transformer"], np.float16)
         writer.message("evaluating the weights for their card")
-        card.write(config, workdir)
+        card.write(config, workdir, "decoder")
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),

@@ -34,7 +34,9 @@ class Prompts:
 
         prompt = encode(config.prompt.caption)
         if prompt.count(sizes.image_token_id) != 1:
-            raise UserError(f"config.prompt.caption = {config.prompt.caption!r} must hold exactly one image placeholder")
+            raise UserError(
+                f"config.prompt.caption = {config.prompt.caption!r} must hold exactly one image placeholder"
+            )
         return cls(
             caption=tuple(prompt),
             redraw_prefix=tuple(encode(config.prompt.redraw_prefix)),

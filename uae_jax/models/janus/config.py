@@ -129,7 +129,7 @@ class Config:
 
     def with_tokens(self, token_to_id: Callable[[str], int | None]) -> "Config":
         """The config with the ids that a tokenizer gives Janus' special tokens, where it has them."""
-        ids = {field: token_to_id(name) for field, (name, _) in TOKENS.items()}
+        ids: dict[str, Any] = {field: token_to_id(name) for field, (name, _) in TOKENS.items()}
         return dataclasses.replace(self, **{field: found for field, found in ids.items() if found is not None})
 
 

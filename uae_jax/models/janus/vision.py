@@ -1,4 +1,4 @@
-"""Janus' understanding tower: SigLIP without its pooling head, and the MLPs that lead in and out of the language model."""
+"""Janus' understanding tower, SigLIP without its pooling head, and the MLP that leads into the language model."""
 
 import flax.linen as nn
 import jax
