@@ -7,7 +7,7 @@ python -m uae_jax.main --config=configs/uae_qwen2_5_vl_3b_sd3_5_large.py --confi
     --config.data.path=IMAGES --config.mesh.fsdp=-1 --config.mesh.tensor=2 --config.data.batch_size=32
 python -m uae_jax.main --config=configs/uae_qwen2_5_vl_3b_sd3_5_large.py:runlocal
 
-WEIGHTS/projector holds the projector of configs/sd3_5_decoder.py. The second command is the same run, shrunk to a laptop.
+WEIGHTS/projector holds the projector of configs/sd3_5_decoder.py. The last command is the same run on a laptop.
 
 The token loop keeps all of the captioner on a chip (7 GB in bfloat16, over `tensor`), the decoder is gathered layer by
 layer. So 16 GB chips take tensor=2, as many as there are key heads, and larger ones none. A batch is split along images
