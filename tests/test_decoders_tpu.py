@@ -115,8 +115,13 @@ def compiled_sizes(name: str, topology: str) -> dict[str, float]:
 
         return flow.euler(velocity, noise, levels)
 
-    memory = jax.jit(draw).lower(params, noise, text, pooled).compile().memory_analysis()
-    return {"peak": memory.peak_memory_in_bytes / 2**30, "arguments": memory.argument_size_in_bytes / 2**30}
+    lowered = jax.jit(sharding.under(mesh, draw)).lower(params, noise, text, pooled)
+    memory = lowered.compile().memory_analysis()
+    return {
+        "peak": memory.peak_memory_in_bytes / 2**30,
+        "arguments": memory.argument_size_in_bytes / 2**30,
+        "kernels": lowered.as_text().count("tpu_custom_call"),
+    }
 
 
 @pytest.mark.slow
@@ -135,3 +140,4 @@ def test_twenty_steps_compile_for_a_tpu(name):
     weights = COUNTS[name] * 2 / 16 / 2**30
     assert weights < sizes["arguments"] < 1.2 * weights
     assert sizes["arguments"] < sizes["peak"] < 15.75
+    assert sizes["kernels"] > 0, "attention is to be the TPU's kernel"

@@ -265,6 +265,22 @@ def constant_towers(value):
     return {"clip": lambda params, images: value(images)}
 
 
+def test_rollout_microbatches_do_not_change_the_step(weights, built):
+    """Images are captioned, redrawn and scored in parts: the same numbers, by a program whose loop is over the parts."""
+    found = []
+    for parts in (1, 2):
+        config = tiny.config(weights, data__batch_size=4, rl__group_size=2, rl__rollout_microbatches=parts)
+        state, function = make(config, built)
+        state, metrics = jax.jit(function)(state, built.frozen, {"image": tiny.scenes(4)})
+        found.append((jax.device_get(metrics), jax.tree.leaves(jax.device_get(state.params))))
+    (whole, params), (parts, same) = found
+    assert whole["caption/length"] == parts["caption/length"] and whole["reward/std"] > 0
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=0, atol=1e-5, err_msg=name)
+    for a, b in zip(params, same, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
 def test_equal_rewards_give_no_gradient(weights, built):
     towers = constant_towers(lambda x: jnp.ones((*x.shape[:-3], 4)) / 2)
     state, function = make(tiny.config(weights, rl__beta=0.0, monitor=()), built, towers=towers)
