@@ -36,10 +36,6 @@ def test_policies_differ_in_what_is_computed_twice(case):
     count = {name: str(jax.make_jaxpr(gradient(name))(*case)).count("dot_general[") for name in REMAT}
     assert count["none"] < count["dots"] < count["full"]
     assert count["full"] - count["dots"] >= 6
-    assert count["offload"] == count["dots"]
-    assert "offload" in str(jax.make_jaxpr(gradient("offload"))(*case)) or "pinned_host" in str(
-        jax.make_jaxpr(gradient("offload"))(*case)
-    )
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

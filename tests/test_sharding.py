@@ -55,7 +55,7 @@ def test_param_spec(shape, fsdp, expected):
 # ---- on 8 devices ----------------------------------------------------------------------------------------------------
 
 
-def mesh_or_error(data, fsdp, tensor=1, *, batch=8, microbatches=1, evaluation=64, devices=None, slices=1, **other):
+def mesh_or_error(data, fsdp, tensor=1, *, batch=8, microbatches=1, evaluation=64, devices=None, slices=1, other=None):
     config = base.default()
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slice = data, fsdp, tensor, slices
     if other:
@@ -120,8 +120,8 @@ def on_eight_devices():
         "devices": mesh_or_error(-1, 1, devices=jax.devices()[:2]),
         "tensor": mesh_or_error(-1, 2, 2),
         "slices": mesh_or_error(-1, 2, 2, slices=2),
-        "some": mesh_or_error(1, 1, **{"fsdp": -1, "tensor": 4}),
-        "unknown": mesh_or_error(1, 1, **{"fsdp": -1, "expert": 4}),
+        "some": mesh_or_error(1, 1, other={"fsdp": -1, "tensor": 4}),
+        "unknown": mesh_or_error(1, 1, other={"fsdp": -1, "expert": 4}),
         "few": mesh_or_error(1, 4),
         "many": mesh_or_error(4, 4),
         "uneven": mesh_or_error(-1, 3),

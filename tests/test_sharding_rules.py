@@ -1,8 +1,13 @@
 """Every parameter of every model has a place on every mesh that the configs are meant for."""
 
 import importlib
+import importlib.util
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -206,6 +211,7 @@ def test_parts_are_strided():
 
 # ---- the configs of real size ----------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parents[1]
 TABLES = ("uae_qwen2_5_vl_3b_sd3_5_large", "uniworld_v1")
 
 
@@ -232,12 +238,43 @@ def test_the_meshes_of_the_configs_fit_their_batches(name):
         known = math.prod(size for size in shape.values() if size > 0)
         shape = {axis: chips // known if size == -1 else size for axis, size in shape.items()}
         assert math.prod(shape.values()) == chips, topology
-        sharding._check_batches(config, SimpleNamespace(shape=shape))
+        sharding.check_batches(config, SimpleNamespace(shape=shape))
         assert shape["tensor"] == 1 or shape["tensor"] <= {"uniworld_v1": 4}.get(name, 2)
     config.data.batch_size = config.rl.group_size = 3
     config.rl.rollout_microbatches = 1
     with pytest.raises(UserError, match=r"config.data.batch_size .* = 3 images"):
-        sharding._check_batches(config, SimpleNamespace(shape=sizes(8, 1)))
+        sharding.check_batches(config, SimpleNamespace(shape=sizes(8, 1)))
+
+
+def meshes_of_tpus():
+    """Every TPU row of the tables as a mesh of its topology; runs in a process of its own."""
+    from jax.experimental import topologies
+
+    for name in TABLES:
+        for topology, chips, mesh, batch, rollout in rows(name):
+            if not topology.startswith("v"):
+                continue
+            config = importlib.import_module(f"configs.{name}").get_config()
+            config.data.batch_size, config.rl.rollout_microbatches = batch, rollout
+            config.eval.batch_size = chips
+            with config.unlocked():
+                config.mesh = mesh
+            slices = {"num_slices": mesh["slice"]} if "slice" in mesh else {}
+            devices = topologies.get_topology_desc(topology.split(",")[0], "tpu", **slices).devices
+            found = sharding.make_mesh(config, devices)
+            assert found.devices.size == chips and len({d.id for d in found.devices.flat}) == chips
+            for i, part in enumerate(found.devices if slices else ()):
+                assert {d.slice_index for d in part.flat} == {i}
+
+
+@pytest.mark.slow
+def test_meshes_of_the_configs_on_their_topologies():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    code = "from tests.test_sharding_rules import meshes_of_tpus; meshes_of_tpus()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", TABLES)

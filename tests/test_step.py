@@ -266,7 +266,7 @@ def constant_towers(value):
 
 
 def test_rollout_microbatches_do_not_change_the_step(weights, built):
-    """Images are captioned, redrawn and scored in parts: the same numbers, by a program whose loop is over the parts."""
+    """Images are captioned, redrawn and scored in parts: the same numbers."""
     found = []
     for parts in (1, 2):
         config = tiny.config(weights, data__batch_size=4, rl__group_size=2, rl__rollout_microbatches=parts)

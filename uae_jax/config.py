@@ -28,7 +28,7 @@ def default() -> ConfigDict:
     c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
     c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
-    c.remat = "full"  # what the backward pass computes again: full, dots, none, offload (uae_jax.models.REMAT)
+    c.remat = "full"  # what the backward pass computes again: full, dots or none (uae_jax.models.REMAT)
 
     # The loop: image -> caption -> redrawn image.
     c.train = "encoder"  # what RL learns from: encoder (captions), decoder (the image tokens it samples), both
@@ -197,7 +197,7 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "condition_source", "text", "in_context")
     _one_of(c, "text_encoder", "frozen", "live")
     _one_of(c, "dtype", "float32", "bfloat16")
-    _one_of(c, "remat", "full", "dots", "none", "offload")
+    _one_of(c, "remat", "full", "dots", "none")
     _one_of(c, "redraw.gather", "layer", "once")
     _one_of(c, "rl.normaliser", "constant", "sequence", "token")
     _one_of(c, "rl.truncated", "keep", "mask", "zero")

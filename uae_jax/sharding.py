@@ -175,7 +175,7 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     for i in wildcards:
         sizes[i] = len(devices) // known
     mesh = Mesh(_arranged(devices, sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
-    _check_batches(config, mesh)
+    check_batches(config, mesh)
     return mesh
 
 
@@ -199,7 +199,7 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     )
 
 
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError where a part of the batch leaves devices idle."""
     parts = max(config.rl.microbatches, config.rl.rollout_microbatches)
     images, group = config.data.batch_size // parts, config.rl.group_size

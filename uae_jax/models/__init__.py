@@ -6,13 +6,11 @@ import jax
 from flax import linen as nn
 
 # What the forward pass keeps of a block for the backward pass, by name: `none` keeps everything and computes nothing
-# again, `full` keeps a block's inputs alone, `dots` also the products with weights (most of the work, not attention's
-# products), `offload` keeps these in the memory of the host.
+# again, `full` keeps a block's inputs alone, `dots` also the products with weights (most of the work, not attention's).
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
