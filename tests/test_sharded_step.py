@@ -32,7 +32,7 @@ def reachable(text: str, name: str) -> str:
 
 
 def collectives(text: str) -> list[str]:
-    return re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w\-]*\(", text)
+    return re.findall(r"= (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w\-]*\(", text)
 
 
 def worker(weights: str, janus: str, data: int, fsdp: int, tensor: int) -> dict:

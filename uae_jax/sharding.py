@@ -266,6 +266,20 @@ def under(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
+def batch_kept(x: jax.Array) -> jax.Array:
+    """An activation [..., t, d] of a block whose weights tensor does not split, kept split along its batch axes.
+
+    Without it the partitioner may leave the weights where fsdp stores them, and work on the whole batch everywhere. The
+    mesh is the one in context; without one nothing is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = leading_axes(mesh, x.shape[:-2])
+    spec = P(*[None] * (x.ndim - 2 - len(axes)), *axes, P.UNCONSTRAINED, P.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def platform() -> str:
     """tpu, gpu or cpu: of the mesh in context, which may be of machines that are not here; without one, cpu.
 

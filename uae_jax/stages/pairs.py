@@ -105,7 +105,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         state=state,
         frozen=frozen,
         rules=rules,
-        step=coldstart.supervised_step(loss, optimizer, settings.ema),
+        step=sharding.under(mesh, coldstart.supervised_step(loss, optimizer, settings.ema)),
         batches=pairs.PairBatches(
             pairs.read_pairs(config.data.path),
             tokenizer,
