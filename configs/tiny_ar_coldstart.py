@@ -1,6 +1,11 @@
-"""Cold start of the tiny autoregressive world: the image tokenizer, from nothing.
+"""Cold start of the tiny autoregressive world: image tokenizer, then captions and image tokens, from nothing.
 
-python -m uae_jax.main --config=configs/tiny_ar_coldstart.py [--config.stage=tokenizer] [--workdir=DIR]
+python -m uae_jax.main --config=configs/tiny_ar_coldstart.py [--config.stage=joint] [--workdir=DIR]
+
+Hardware: two CPU cores. Time: 80 minutes (tokenizer 28, joint 52) on cores that also did much other work.
+Expected, seed 0, on 256 held-out scenes: ceiling 0.941, reward of the model's own terse captions 0.231, forced-choice
+perception 0.992, captions 9.2 tokens where complete ones have 21.7. Writes DIR/weights/janus with a card; towers and
+judge are the shipped ones of the other world.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +21,7 @@ def get_config() -> ConfigDict:
     config.remat = "none"  # memory is no concern at this size
     config.towers = "tiny"  # both worlds are measured alike
     config.prompt.redraw_suffix = "<|vision_start|>"  # begins an image
+    config.redraw.temperature = 0.5  # of the pictures by which the card reckons; learning is at 1
     config.eval.every = 250
 
     # Fields of each model's config.json; shapes, names and forward passes are the real architectures'.

@@ -95,8 +95,10 @@ def test_prompts_for_images_are_right_aligned_and_hide_all_but_their_ends():
 
 
 def test_samples_are_independent_of_their_neighbours(config_of, built):
-    family = built.family(config_of(redraw__guidance=2.0, redraw__same_noise=False))
+    changes = {"redraw__guidance": 2.0, "redraw__same_noise": False}
+    family = built.family(config_of(**changes, redraw__slice_vae=True))
     captions, redrawn, trajectory = rollout(family, built.frozen, 2, 3)
+    family = built.family(config_of(**changes))
 
     @jax.jit
     def alone(frozen, captions, images, keys):

@@ -7,7 +7,7 @@ import traceback
 import pytest
 from ml_collections import ConfigDict
 
-from configs import sd3_5_decoder, tiny, tiny_coldstart
+from configs import sd3_5_decoder, tiny, tiny_ar_coldstart, tiny_coldstart
 from uae_jax import config as base
 from uae_jax.errors import UserError
 
@@ -156,7 +156,9 @@ def test_borderline_values_pass(changes):
     base.validate(changed(changes))
 
 
-@pytest.mark.parametrize("make", [base.default, tiny.get_config, tiny_coldstart.get_config, sd3_5_decoder.get_config])
+@pytest.mark.parametrize(
+    "make", [base.default, *(c.get_config for c in (tiny, tiny_coldstart, tiny_ar_coldstart, sd3_5_decoder))]
+)
 def test_shipped_configs_pass_and_are_locked(make):
     c = make()
     base.validate(c)

@@ -3,8 +3,9 @@
 import re
 
 import numpy as np
+import pytest
 
-from configs import tiny
+from configs import tiny, tiny_ar
 from uae_jax import sharding, system
 from uae_jax.bench.held_out import Evaluator
 from uae_jax.convert import folder
@@ -13,20 +14,22 @@ from uae_jax.stages import rl
 from uae_jax.step import STARTING_WEIGHTS
 
 
-def test_shipped_weights_are_small_and_safe():
-    files = [path for path in folder.shipped("tiny").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 20e6
+@pytest.mark.parametrize("name,most", [("tiny", 20e6), ("tiny_ar", 10e6)])
+def test_shipped_weights_are_small_and_safe(name, most):
+    files = [path for path in folder.shipped(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < most
     assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
 
 
-def test_shipped_weights_do_what_their_card_says():
-    config = tiny.get_config()
+@pytest.mark.parametrize("name,world", [("tiny", tiny), ("tiny_ar", tiny_ar)])
+def test_shipped_weights_do_what_their_card_says(name, world):
+    config = world.get_config()
     config.data.held_out = config.eval.batch_size = 32
     mesh = sharding.make_mesh(config)
     built = system.load(config, mesh)
     _, images, scenes = rl.load_data(config)
     evaluator = Evaluator(config, built, mesh, images, scenes)
-    card = (folder.shipped("tiny") / "CARD.md").read_text()
+    card = (folder.shipped(name) / "CARD.md").read_text()
     ceiling = float(re.search(r"\| reward_ceiling \| ([\d.]+)", card)[1])
     # 32 scenes of the card's 256.
     earned = evaluator.reward_of_texts(STARTING_WEIGHTS, [grammar.complete(s) for s in scenes])

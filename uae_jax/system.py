@@ -101,6 +101,8 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     frozen: Params = {}
     modules: diffusion.Modules | Janus
     if source.name == JANUS:
+        # Not all of a Janus' special tokens are named in the config.json of its releases.
+        captioner = captioner._replace(config=captioner.config.with_tokens(tokenizer.token_to_id))
         modules = Janus(captioner.config, dtype, config.remat)
     else:
         drawn_by, frozen = load_decoder(where, config, mesh)

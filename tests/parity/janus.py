@@ -43,7 +43,12 @@ def tiny_janus(kind: str = "untied"):
             tie_word_embeddings=tied,
         ),
         vision_config=dict(
-            vision, image_size=SIDE, patch_size=PATCH, projection_dim=width, num_image_tokens=(SIDE // PATCH) ** 2
+            vision,
+            image_size=SIDE,
+            patch_size=PATCH,
+            projection_dim=width,
+            num_image_tokens=(SIDE // PATCH) ** 2,
+            layer_norm_eps=1e-3,  # so large that another one shows
         ),
         vq_config={
             "embed_dim": 8,

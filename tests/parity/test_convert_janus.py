@@ -27,7 +27,7 @@ processing = pytest.importorskip("transformers.models.janus.image_processing_pil
 
 TOLERANCE = 1e-4
 # What the tiny model is in deepseek-ai's config.json.
-TOWER = VisionConfig(32, 3, 2, image_size=SIDE, patch_size=PATCH, mlp_ratio=3.0)
+TOWER = VisionConfig(32, 3, 2, image_size=SIDE, patch_size=PATCH, mlp_ratio=3.0, layer_norm_eps=1e-3)
 BOOK = VQConfig(8, CODES, 16, base_channels=32, channel_multiplier=(1, 1, 2, 2), num_res_blocks=1)
 WIDTH = 48
 
@@ -238,6 +238,37 @@ def test_what_was_trained_goes_back(hub, deepseek, tmp_path):
         assert np.array_equal(found["visual"]["position_embedding"], values["visual/position_embedding"])
         assert np.array_equal(found["gen_embed"]["embedding"], values["gen_embed/embedding"])
         assert np.array_equal(found["language"]["norm"]["scale"], before["language"]["norm"]["scale"])
+
+
+def test_adapters_go_out_as_peft(hub, deepseek, reference, tmp_path):
+    """Under the names of transformers' modules; a layer that is three here and one there is refused."""
+    rng = np.random.default_rng(2)
+    where = "language/layers/self_attn/q_proj"
+    leaves = {
+        f"{where}/{name}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("lora_a", (3, 48, 2)), ("lora_b", (3, 2, 48)))
+    }
+    shapes = {path: x.shape for path, x in leaves.items()}
+    transfer.export_adapter(hub, tmp_path / "peft", transfer.Trained(shapes, leaves.__getitem__, 4.0))
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    modules = dict(reference.named_modules())
+    for i in range(3):
+        name = f"model.language_model.layers.{i}.self_attn.q_proj"
+        assert name in modules
+        pair = [found.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB"]
+        assert np.array_equal(pair[0], leaves[f"{where}/lora_a"][i].T)
+        assert np.array_equal(pair[1], leaves[f"{where}/lora_b"][i].T)
+    assert not found
+
+    fused = {"visual/layers/qkv/lora_a": (3, 3, 32, 2), "visual/layers/qkv/lora_b": (3, 3, 2, 32)}
+    trained = transfer.Trained(fused, lambda path: np.ones(fused[path], np.float32), 4.0)
+    transfer.export_adapter(hub, tmp_path / "three", trained)
+    with pytest.raises(UserError, match=r"attn.qkv is one layer in .*, with adapters of its parts"):
+        transfer.export_adapter(deepseek, tmp_path / "one", trained)
+    transfer.copy_model(deepseek, tmp_path / "merged", trained)
+    models = (folder.load_model(where).params["visual"]["layers"] for where in (tmp_path / "merged", deepseek))
+    after, before = (layers["qkv"]["kernel"] for layers in models)
+    assert np.abs(after - before - 4.0).max() < 1e-5  # alpha / r times the sum over r of 1
 
 
 def test_pickles_are_turned_by_the_command_that_is_named(deepseek, tmp_path):

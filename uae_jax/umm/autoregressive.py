@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax import lora
+from uae_jax import lora, sharding
 from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
@@ -127,7 +127,7 @@ def build(
         return Prompt(*pair)
 
     def redraw(
-        params: Params, frozen: Params, captions: Segment, images: jax.Array, keys: jax.Array
+        params: Params, frozen: Params, captions: Segment, _images: jax.Array, keys: jax.Array
     ) -> tuple[jax.Array, Trajectory]:
         weights = full(params, frozen) if live else frozen["start"]
         if drawn.same_noise:
@@ -138,7 +138,14 @@ def build(
             allowed=every_code, sampling=codes, mesh=mesh, rules=rules, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
-        return apply(model, weights, segment.actions, method="decode_codes"), {"image": segment}
+
+        def pixels(codes: jax.Array) -> jax.Array:
+            return apply(model, weights, codes, method="decode_codes")
+
+        # The tokenizer's weights leave the tensor axis free: it splits the group, where it divides that.
+        actions = sharding.constrain_batch(segment.actions, mesh, group=True, spare=True)
+        parts = keys.shape[1] // sharding.group_ways(mesh, *keys.shape, spare=True) if drawn.slice_vae else 1
+        return sharding.in_parts(pixels, actions, parts, axis=1), {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]

@@ -154,9 +154,8 @@ def build(
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
         latents = flow.euler(velocity, noise, levels)
-        parts = 1
-        if config.redraw.slice_vae:
-            parts = keys.shape[1] // sharding.group_ways(mesh, *keys.shape, spare=True)
+        ways = sharding.group_ways(mesh, *keys.shape, spare=True)
+        parts = keys.shape[1] // ways if config.redraw.slice_vae else 1
         return spread(decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), parts)), {}
 
     return Family(generate, redraw, log_probs)

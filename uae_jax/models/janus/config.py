@@ -71,8 +71,9 @@ class Config:
         if values.get("model_type") != ARCHITECTURE:
             raise UserError(f"config.json: model_type is {values.get('model_type')!r}, expected {ARCHITECTURE!r}")
         text, vision, vq = (_get(values, f"{name}_config") for name in ("text", "vision", "vq"))
-        tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-        named = {**text, **values}
+        # Files from before transformers 5 leave it out, and are not tied.
+        tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        named = {**text, **{name: values[name] for name in TOKENS if values.get(name) is not None}}
         tower = _vision(vision)
         config = cls(
             text=llama({**text, "tie_word_embeddings": tied}, "text_config."),

@@ -175,7 +175,9 @@ class VQModel(nn.Module):
 
     def quantise(self, latents: jax.Array) -> jax.Array:
         """The codes int32 [..., h, w] nearest in direction to latents [..., h, w, embed_dim]; the first of equals."""
-        return (directions(latents) @ directions(self.codebook).T).argmax(-1).astype(jnp.int32)
+        # A TPU would otherwise multiply in bfloat16, too coarse to tell neighbours among 16384 codes.
+        cosines = jnp.matmul(directions(latents), directions(self.codebook).T, precision=jax.lax.Precision.HIGHEST)
+        return cosines.argmax(-1).astype(jnp.int32)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """Unit vectors float32 [..., h, w, embed_dim] of codes [..., h, w]."""
