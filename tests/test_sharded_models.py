@@ -66,6 +66,12 @@ def distance(a, b):
     return float(max(found))
 
 
+def against_norm(a, b):
+    """Largest difference between two gradients, against the norm of the second: what an update's clipping sees."""
+    norm = np.sqrt(sum((np.asarray(y, np.float64) ** 2).sum() for y in b))
+    return float(max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in zip(a, b, strict=True)) / norm)
+
+
 def on_eight_devices(weights):
     """{mesh: {name: distance to one device}}; runs in a process of its own."""
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -86,7 +92,9 @@ def on_eight_devices(weights):
 
     results = {name: whole(c, meshes[name]) for name, c in config.items()}
     for name in MESHES:
-        found[name] |= {what: distance(results[name][what], results["one"][what]) for what in results["one"]}
+        for what, expected in results["one"].items():
+            found[name][what] = (against_norm if what == "gradient" else distance)(results[name][what], expected)
+    found["norm"] = float(np.sqrt(sum((x**2).sum() for x in results["one"]["gradient"])))
     print(json.dumps(found))
 
 
@@ -154,3 +162,4 @@ def test_outputs(found, name):
 @pytest.mark.parametrize("what", ["loss", "log_probs", "gradient", "redrawn", "scores"])
 def test_loss_gradients_and_redraws(found, mesh, what):
     assert found[mesh][what] < 1e-5
+    assert found["norm"] > 1, "or nothing has been compared"

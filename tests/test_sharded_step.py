@@ -68,7 +68,7 @@ def worker(weights: str, janus: str, data: int, fsdp: int, tensor: int) -> dict:
     state = sharding.place(state, mesh, built.rules)
     split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     batch = sharding.place_batch({"image": tiny.scenes(8)}, mesh)
-    compiled = jax.jit(function, donate_argnums=0).lower(state, built.frozen, batch).compile()
+    compiled = sharding.jit_step(function, state, mesh).lower(state, built.frozen, batch).compile()
     text = compiled.as_text()
     # The token loop is the one that stops early: its condition looks at a bool of every device.
     loops = re.findall(r"while\(.*?condition=%([\w.\-]+), body=%([\w.\-]+)", text)

@@ -276,6 +276,9 @@ def test_rollout_microbatches_do_not_change_the_step(weights, built):
     whole, parts = found
     assert whole["caption/tokens"] == parts["caption/tokens"] and whole["reward/std"] > 0
     for name in whole:
+        if name.startswith(("logp/", "ratio/max")):  # rounding errors themselves
+            assert max(whole[name], parts[name]) < 1e-4
+            continue
         # Rewards of a group differ by little: dividing by their deviation magnifies rounding errors in the gradient.
         relative = 1e-3 if name == "grad_norm" else 0
         np.testing.assert_allclose(parts[name], whole[name], rtol=relative, atol=1e-5, err_msg=name)

@@ -152,6 +152,19 @@ def made(function: Callable[..., Any], *args: Any, mesh: Mesh, rules: Rules) -> 
     return jax.jit(function, out_shardings=shardings)(*args)
 
 
+def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
+    """`step(state, ...) -> state, metrics`, to be compiled with its state donated and put back where it was.
+
+    Left to itself the compiler may store a parameter elsewhere than it found it: nothing would be donated, and the next
+    step be another program.
+
+    Args:
+      state: arrays, or their shapes with shardings.
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
+
+
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes, ordered for the hardware; axes it does not name have size 1.
 

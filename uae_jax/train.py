@@ -47,7 +47,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
         if restored is not None:
             state, _ = restored
         first = int(state.step)
-        compiled = jax.jit(program.step, donate_argnums=0)
+        compiled = sharding.jit_step(program.step, state, mesh)
         with Writer(workdir, program.steps, program.columns, resume_step=first) as writer, stop_requests() as stopped:
             # ---- what was there before
             if first == 0:
