@@ -61,7 +61,7 @@ def test_batches_hide_captions_and_become_terse(workdir, weights):
         towers=str(weights), eval__enabled=False, joint__batch_size=64, joint__curriculum_steps=1
     )
     program = joint.build(config, workdir, tokenizer.build(), sharding.make_mesh(config))
-    seen, terse = program.batches[0], program.batches[2]
+    seen, terse = program.batches[1], program.batches[2]
     assert seen["mask"].sum(1).mean() > 1.3 * terse["mask"].sum(1).mean()
     assert 0 < seen["hidden"].mean() < 0.3
     assert len(set(terse["length"].tolist())) > 5  # what is drawn is of any length in both phases
