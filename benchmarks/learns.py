@@ -4,7 +4,7 @@
     python -m benchmarks.learns --file=configs/tiny_ar.py --minutes=8 --out=runs/learns_ar
 
 Trains configs/tiny.py, or --file, once a seed, each on its own scenes with its own held-out split, writes the report
-(table.md, curves.png, redraws.png: what the README shows) and claims.md to --out. Six minutes a seed on two CPU cores.
+(table.md, curves.png, redraws.png: what the README shows) and claims.md to --out. About 6 minutes a seed on two cores.
 `--live` adds a run whose text encoder is the captioner in training, and live.png: its canary beside the frozen one.
 With `--config.weights=DIR --beside=runs/learns` it starts from other weights, and beside.md compares both on the same
 held-out scenes.

@@ -23,6 +23,7 @@ WRONG = [
     ({"remat": "some"}, "remat"),
     ({"redraw.gather": "never"}, "redraw.gather"),
     ({"steps": -1}, "steps"),
+    ({"stop_on_gap": -0.1}, "stop_on_gap"),
     ({"trainable": "language/(.*"}, "trainable"),
     ({"lora.rank": -1}, "lora.rank"),
     ({"lora.alpha": 0.0}, "lora.alpha"),
@@ -47,6 +48,7 @@ WRONG = [
     ({"redraw.spacing": "karras"}, "redraw.spacing"),
     ({"redraw.prediction": "noise"}, "redraw.prediction"),
     ({"redraw.steps": 0}, "redraw.steps"),
+    ({"redraw.tile_vae": -8}, "redraw.tile_vae"),
     ({"redraw.temperature": -0.1}, "redraw.temperature"),
     ({"redraw.shift": 0.0}, "redraw.shift"),
     ({"redraw.distilled_guidance": -1.0}, "redraw.distilled_guidance"),
@@ -78,11 +80,16 @@ WRONG = [
     (PAIRS | {"decoder.ema": -0.1}, "decoder.ema"),
     (PAIRS | {"decoder.shift": -1.0}, "decoder.shift"),
     (PAIRS | {"decoder.trainable": "("}, "decoder.trainable"),
+    (PAIRS | {"decoder.trainable": ""}, "decoder.trainable"),
+    (PAIRS | {"decoder.lora.rank": -1}, "decoder.lora.rank"),
+    (PAIRS | {"decoder.lora.alpha": 0.0}, "decoder.lora.alpha"),
+    (PAIRS | {"decoder.lora.target": "*"}, "decoder.lora.target"),
 ]
 RULES = ("validate", "_validate_optimizer", "_validate_pairs")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
+    {"stop_on_gap": 0.2},
     {"rl.beta": 0.0},
     {"rl.advantage_eps": 0.0},
     {"rl.microbatches": 4},

@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "name", ["learns/claims", "learns/table", "learns/beside", "learns_ar/claims", "learns_ar/beside"]
+    "name", ["learns/claims", "learns/table", "learns/beside", "learns_ar/claims", "learns_ar/beside", "bench/table"]
 )
 def test_tables_are_the_files_that_the_benchmarks_wrote(name):
     mark = name.removeprefix("learns/").replace("/", " ")

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 
-FAMILIES = ("diffusion", "autoregressive")
+FAMILIES = ("diffusion", pytest.param("autoregressive", marks=pytest.mark.slow))
 ROOT = Path(__file__).parents[1]
 
 

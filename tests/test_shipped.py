@@ -2,15 +2,18 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from configs import tiny, tiny_ar
-from uae_jax import sharding, system
+from uae_jax import pixels, rewards, sharding, system
 from uae_jax.bench.held_out import Evaluator
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
-from uae_jax.stages import rl
+from uae_jax.data.shapes.render import render
+from uae_jax.data.shapes.scene import sample_scene, split_seed
+from uae_jax.stages import rl, tower
 from uae_jax.step import STARTING_WEIGHTS
 
 
@@ -41,3 +44,23 @@ def test_shipped_weights_do_what_their_card_says(name, world):
     assert all(d is not None for d in described)
     named = np.mean([d.background == s.background for d, s in zip(described, scenes, strict=True) if d])
     assert named > 0.95
+
+
+def test_the_bench_towers_tell_scenes_apart():
+    """Another scene, or the scene with one attribute changed, is less alike than the scene with noise."""
+    scenes = [sample_scene(split_seed(5, "eval"), i) for i in range(48)]
+    rng = np.random.default_rng(0)
+    pictures, changed = (
+        np.stack([render(s, 48) for s in part]) / np.float32(255)
+        for part in (scenes, [tower.neighbour(s, rng) for s in scenes])
+    )
+    noisy = np.clip(pictures + rng.normal(0, 0.02, pictures.shape), 0, 1).astype(np.float32)
+    for name in ("dinov2", "siglip"):
+        where = folder.shipped("tiny") / name
+        model = folder.load_model(where)
+        features = jax.jit(rewards.tower(model.config, np.float32, pixels.load(where, model.config)))
+        own, other, same = (np.asarray(features(model.params, x)) for x in (pictures, changed, noisy))
+        cosines = own @ own.T
+        assert abs(cosines[~np.eye(48, dtype=bool)].mean()) < 0.2
+        assert ((own * same).sum(-1) > (own * other).sum(-1)).mean() > 0.9
+        assert ((own @ same.T).argmax(1) == np.arange(48)).all()

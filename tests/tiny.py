@@ -38,9 +38,11 @@ def coldstart_config(**changes):
     c.models.transformer.num_layers = 2
     c.models.clip.text_config.num_hidden_layers = 1
     c.models.clip.vision_config.num_hidden_layers = 1
-    c.tower.steps = c.decoder.steps = c.captioner.see_steps = 2
+    c.models.dinov2.num_hidden_layers = 1
+    c.models.siglip.vision_config.num_hidden_layers = c.models.siglip.text_config.num_hidden_layers = 1
+    c.tower.steps = c.bench_tower.steps = c.decoder.steps = c.captioner.see_steps = 2
     c.captioner.terse_steps = 1
-    c.tower.batch_size = c.captioner.batch_size = c.decoder.batch_size = 4
+    c.tower.batch_size = c.bench_tower.batch_size = c.captioner.batch_size = c.decoder.batch_size = 4
     c.data.held_out = c.eval.batch_size = 4
     return changed(c, changes)
 

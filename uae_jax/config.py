@@ -11,11 +11,14 @@ from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
 
-STAGES = ("tower", "captioner", "decoder", "tokenizer", "joint", "rl")
+STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", "rl")
+PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 
 # Fields that may change between a run and its continuation in the same workdir.
 # The last four change how a step is computed, not what.
-MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather")
+MAY_DIFFER = (
+    "stage", "steps", "checkpoint", "eval", "stop_on_gap", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather"
+)  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -79,18 +82,21 @@ def default() -> ConfigDict:
     c.redraw.same_noise = True  # one initial noise (one draw of image tokens) per group: only the caption differs in it
     c.redraw.temperature = 1.0  # of image tokens, where the weights draw with them; 0 = the most likely ones
     c.redraw.slice_vae = False  # decode latents one sample of each group (a device) at a time: less memory
+    c.redraw.tile_vae = 0  # ... in blended tiles of so many pixels a side, as diffusers does (512); 0: as a whole
     c.redraw.gather = "layer"  # the decoder's weights where fsdp splits them: layer by layer at every step, or once
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
     # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
+    c.stop_on_gap = 0.0  # stop once the reward's towers gain so much more than a monitored one (`gap`); 0: never
 
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
     c.data = ConfigDict()
-    c.data.source = "shapes"  # shapes (rendered scenes), folder (your own images), jsonl (with captions: stage decoder)
-    c.data.path = ""  # the folder, or the file of {"image": path, "caption": text}, a line each
+    c.data.source = "shapes"  # shapes (rendered scenes), folder (your images); captioned, stage decoder: jsonl, tfds
+    # The file holds {"image": path, "caption": text}, a line each; TFDS' folder is DATASET/VERSION, as array_record.
+    c.data.path = ""  # the folder, the file, or TFDS' folder
     c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
     c.data.batch_size = 8  # images a step, over all devices
     c.data.max_objects = 4  # shapes: objects in a scene
@@ -136,7 +142,15 @@ def decoder() -> Any:
     c = ConfigDict()
     c.steps = 10000
     c.batch_size = 64  # pairs a step, over all devices
-    c.trainable = r"projector/.*"  # regex over projector/... and transformer/...; next r"(projector|transformer)/.*"
+    c.trainable = r"projector/.*"  # regex over projector/..., transformer/...; "": adapters alone
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters of the decoder, trained beside `trainable`; 0: none
+    c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
+    c.lora.target = r"transformer/\w*block.*"  # regex as above: kernels that get an adapter
+    c.split = "train"  # of a tfds source
+    c.image_key = "image"  # its features, or
+    c.caption_key = "caption"  # ... "a/b" inside one; of several captions the first
+    c.latents = ""  # folder in which pictures are kept as the VAE's Gaussians, encoded once; "": encoded at every step
     c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
     c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
     c.level_mean = 0.0  # noise levels are sigmoid(mean + std n) ...
@@ -159,6 +173,9 @@ def _validate_pairs(c: ConfigDict) -> None:
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
     for field in ("dropout", "ema"):
         _require(0 <= d[field] < 1, f"decoder.{field}", d[field], "must lie from 0 to below 1")
+    _require(bool(d.trainable) or d.lora.rank > 0, "decoder.trainable", d.trainable, "without adapters, nothing learns")
+    _require(d.lora.rank >= 0, "decoder.lora.rank", d.lora.rank, "must not be negative; 0 trains without adapters")
+    _require(d.lora.alpha > 0, "decoder.lora.alpha", d.lora.alpha, "must be above 0")
     for field in ("level_std", "shift"):
         _require(d[field] >= 0, f"decoder.{field}", d[field], "must not be negative")
 
@@ -204,8 +221,8 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "rl.malformed", "keep", "group_min", "zero")
     _one_of(c, "redraw.spacing", "uniform", "diffusers")
     _one_of(c, "redraw.prediction", "velocity", "sample")
-    _one_of(c, "data.source", "shapes", "folder", "jsonl")
-    if c.data.source == "jsonl":
+    _one_of(c, "data.source", "shapes", "folder", *PAIR_SOURCES)
+    if c.data.source in PAIR_SOURCES:
         _validate_pairs(c)
     rl = c.rl
     _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
@@ -228,6 +245,7 @@ def validate(c: ConfigDict) -> None:
     _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
+    _require(c.stop_on_gap >= 0, "stop_on_gap", c.stop_on_gap, "must not be negative; 0 never stops")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
     _require(
         c.redraw.distilled_guidance >= 0,
@@ -235,6 +253,7 @@ def validate(c: ConfigDict) -> None:
         c.redraw.distilled_guidance,
         "must not be negative",
     )
+    _require(c.redraw.tile_vae >= 0, "redraw.tile_vae", c.redraw.tile_vae, "must not be negative; 0 decodes as a whole")
     _require(c.redraw.temperature >= 0, "redraw.temperature", c.redraw.temperature, "must not be negative")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
@@ -258,8 +277,8 @@ def validate(c: ConfigDict) -> None:
         c.data.source == "shapes" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )
     patterns = [("trainable", c.trainable), ("lora.target", c.lora.target)]
-    if c.data.source == "jsonl":
-        patterns.append(("decoder.trainable", c.decoder.trainable))
+    if c.data.source in PAIR_SOURCES:
+        patterns += [("decoder.trainable", c.decoder.trainable), ("decoder.lora.target", c.decoder.lora.target)]
     for field, pattern in patterns:
         try:
             re.compile(pattern)

@@ -158,10 +158,11 @@ def update(
     state, (losses, norm, moved) = jax.lax.scan(epoch, state, None, length=rl.inner_epochs)
     gap = jnp.stack([gaps[name].max(0) for name in names])
     actions = sum(counts.values())
+    whole = jax.tree.map(lambda *parts: sum(parts), *losses.values())
     metrics = {
-        "loss": sum(x.loss[-1] for x in losses.values()),
-        "kl": sum(x.kl[-1] for x in losses.values()) / actions,
-        "ratio/clip_fraction": sum(x.clipped.mean() for x in losses.values()) / actions,
+        "loss": whole.loss[-1],
+        "kl": whole.kl[-1] / actions,
+        "ratio/clip_fraction": whole.clipped.mean() / actions,
         "logp/sampler_gap": gap[:, 0].max(),
         "ratio/max_abs_dev_first": gap[:, 1].max(),
         "grad_norm": norm[-1],

@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from tokenizers import Tokenizer
 
-from uae_jax import lora, optimizers, rewards, sharding
+from uae_jax import lora, optimizers, pixels, rewards, sharding
 from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
@@ -153,7 +153,7 @@ def complete(
         prompts=Prompts.build(tokenizer, config, sizes),
         tokenizer=tokenizer,
         allowed=caption.allowed_tokens(tokenizer, sizes.text.vocab_size, sizes.eos_token_id),
-        towers={n: rewards.tower(m.config, dtype) for n, m in tower_models.items()},
+        towers={n: rewards.tower(m.config, dtype, pixels.load(towers / n, m.config)) for n, m in tower_models.items()},
         judge=judge,
         automaton=automaton,
         frozen=frozen,

@@ -148,10 +148,12 @@ def write(
     tensors: Iterable[tuple[str, np.ndarray]],
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Writes tensors as they come, in the order of `specs`, into files of at most `shard_bytes` (or one tensor).
 
-    One file is named STEM.safetensors; several are numbered and get an index, as transformers does it.
+    One file is named STEM.safetensors; several are numbered and get an index, as transformers does it. `metadata` is
+    noted in the header of each, beside the format.
 
     Returns:
       The names of the files.
@@ -163,7 +165,7 @@ def write(
     source = iter(tensors)
     for file_name, shard in zip(names, shards, strict=True):
         with open(folder / file_name, "wb") as file:
-            file.write(_header({name: specs[name] for name in shard}))
+            file.write(_header({name: specs[name] for name in shard}, metadata or {}))
             for name in shard:
                 given, x = next(source)
                 if (given, x.dtype, x.shape) != (name, *specs[name]):
@@ -179,6 +181,12 @@ def write(
     return names
 
 
+def one(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A whole safetensors file."""
+    specs = {name: Spec(x.dtype, x.shape) for name, x in tensors.items()}
+    return b"".join([_header(specs, {}), *(np.ascontiguousarray(x).tobytes() for x in tensors.values())])
+
+
 def _split(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
@@ -191,9 +199,9 @@ def _split(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _header(specs: Mapping[str, Spec]) -> bytes:
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON, padded so that the data begin at a multiple of 8."""
-    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, spec in specs.items():
         begin, end = end, end + spec.nbytes

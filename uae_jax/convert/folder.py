@@ -54,6 +54,7 @@ class Architecture(NamedTuple):
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
     unused: Callable[[str], bool] = lambda name: False  # tensors that a file may hold and the model does not read
     module_name: Callable[[str], str] = lambda name: name  # of a tensor in transformers' class, where files differ
+    buffers: tuple[str, ...] = ()  # no weights, in files of early releases: left out
 
 
 # by the class that config.json names
@@ -80,21 +81,31 @@ ARCHITECTURES: dict[str, Architecture] = {
     "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table, flux_weights.rules),
     "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table, vae_weights.rules),
     "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table, vq_weights.rules),
-    "CLIPModel": Architecture(clip_config.Config, clip_weights.table, clip_weights.rules),
+    "CLIPModel": Architecture(clip_config.Config, clip_weights.table, clip_weights.rules, buffers=clip_weights.BUFFERS),
     "CLIPTextModel": Architecture(
-        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.text_rules, clip_weights.canonical_text
+        clip_config.TextModelConfig,
+        clip_weights.text_table,
+        clip_weights.text_rules,
+        clip_weights.canonical_text,
+        buffers=clip_weights.BUFFERS,
     ),
     "CLIPTextModelWithProjection": Architecture(
-        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.text_rules
+        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.text_rules, buffers=clip_weights.BUFFERS
     ),
     "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table, dinov2_weights.rules),
     "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table, dinov2_weights.rules),
     "DINOv3ViTModel": Architecture(
         dinov3_config.Config, dinov3_weights.table, dinov3_weights.rules, dinov3_weights.canonical
     ),
-    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table, siglip_weights.rules),
+    "SiglipModel": Architecture(
+        siglip_config.Config, siglip_weights.table, siglip_weights.rules, buffers=clip_weights.BUFFERS
+    ),
     "SiglipVisionModel": Architecture(
-        siglip_config.Config, siglip_weights.table, siglip_weights.rules, siglip_weights.canonical_vision
+        siglip_config.Config,
+        siglip_weights.table,
+        siglip_weights.rules,
+        siglip_weights.canonical_vision,
+        buffers=clip_weights.BUFFERS,
     ),
     "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, t5_weights.rules, ties=t5_weights.ties),
     "Projector": Architecture(projector.Config, projector.table, projector.rules),
@@ -185,6 +196,7 @@ def open_model(folder: Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
     stem, headers, problems = files.read_headers(folder)
+    headers = {name: header for name, header in headers.items() if name not in known.buffers}
     problems += [
         f"type of {name}: expected one of {', '.join(files.DTYPES)}, found {header.dtype}"
         for name, header in headers.items()

@@ -49,11 +49,15 @@ class World(NamedTuple):
 WORLDS = {
     "decoder": World(
         "configs/tiny_coldstart.py",
-        ("tower", "captioner", "decoder"),
-        ("captioner", "projector", "transformer", "clip", "clip_second", "judge"),
+        ("tower", "bench_tower", "captioner", "decoder"),
+        ("captioner", "projector", "transformer", "clip", "clip_second", "dinov2", "siglip", "judge"),
         "float16 (the projector as float32)",
         """- Scenes are rendered; captions of all stages come from their ground truth. The judge is trained on
   ground-truth attributes, towers on complete true captions among scenes that differ in one attribute.
+- Two more towers are for Unified-Bench alone. The SigLIP matches scenes with complete true captions; the DINOv2 sees
+  pictures alone: two augmented views of a scene are to be alike, among scenes that differ in one attribute.
+- Two more towers are for Unified-Bench alone. The SigLIP matches scenes with complete true captions; the DINOv2 sees
+  pictures alone: two augmented views of a scene are to be alike, among scenes that differ in one attribute.
 - The captioner is made terse on purpose after it has learned to see: of the captions of its last phase
   {c.captioner.terse_keeps_complete:.0%} are complete, the others name the most striking object, each of its attributes
   with probability {c.captioner.terse_detail}, and the background. Reinforcement learning starts from there.

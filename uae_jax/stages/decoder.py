@@ -22,6 +22,7 @@ from uae_jax.stages import Program, card, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, diffusion
 from uae_jax.umm import decoder as drawing
+from uae_jax.umm.prompts import Prompts, captions_as_text
 
 
 def whitening(states: np.ndarray, floor: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +43,7 @@ def build(
     workdir: Path,
     tokenizer: Tokenizer,
     modules: diffusion.Modules,
-    prompts: diffusion.Prompts,
+    prompts: Prompts,
     captioner_params: Params,
     mesh: jax.sharding.Mesh,
 ) -> Program:
@@ -53,9 +54,7 @@ def build(
     pooled = jnp.zeros(transformer.config.pooled_projection_dim)
 
     def states_of(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, mask = diffusion.captions_as_text(
-            tokens, lengths, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
-        )
+        ids, mask = captions_as_text(tokens, lengths, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token)
         return diffusion.text_states(modules.captioner, params, ids, mask), mask
 
     def captions(scenes: list[Scene], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -147,7 +147,9 @@ def watch(config: Any, mesh: jax.sharding.Mesh, model: Janus, tokenizer: Tokeniz
         params = {"encoder": state.params}
         found = evaluator.perception(params, scenes or [])
         earned = evaluator.reward_of_texts(params, [grammar.complete(scene) for scene in scenes or []])
-        means = {f"perception/{name}": score.mean for name, score in found.items()}
-        return {"ceiling": earned.mean(), "perception": min(means.values()), **means}
+        means = {name: np.float32(score.mean) for name, score in found.items()}
+        return {"ceiling": earned.mean(), "perception": min(means.values())} | {
+            f"perception/{name}": mean for name, mean in means.items()
+        }
 
     return evaluate

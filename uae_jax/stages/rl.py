@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from uae_jax import optimizers, pictures, rewards, sharding, step, storage, system
+from uae_jax import gap, optimizers, pictures, rewards, sharding, step, storage, system
 from uae_jax.bench import scores
 from uae_jax.bench.held_out import Evaluation, Evaluator
 from uae_jax.data import sources
@@ -87,6 +87,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         columns=COLUMNS,
         evaluate=evaluate,
         finish=finish,
+        watch=gap.watch(config),
     )
 
 

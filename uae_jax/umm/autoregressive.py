@@ -6,6 +6,7 @@ Caption tokens and image tokens are both actions of one policy: segments `captio
 conditioned on the caption's text alone.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -123,8 +124,7 @@ def build(
         if drawn.guidance == 1.0:
             return prompt
         other = unconditional(prompt, c.pad_token_id)
-        pair = [jnp.stack(x) for x in zip(prompt[:4], other[:4], strict=True)]
-        return Prompt(*pair)
+        return jax.tree.map(lambda *branches: jnp.stack(branches), prompt, other)
 
     def redraw(
         params: Params, frozen: Params, captions: Segment, _images: jax.Array, keys: jax.Array
@@ -138,14 +138,16 @@ def build(
             allowed=every_code, sampling=codes, mesh=mesh, rules=rules, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
+        # Convolutions with split kernels, or codes of unknown layout, and the whole batch is drawn on every device.
+        painter = weights | sharding.decode_view({"vq": weights["vq"]}, mesh, model.dtype, rules)
+        # The tokenizer's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
         def pixels(codes: jax.Array) -> jax.Array:
-            return apply(model, weights, codes, method="decode_codes")
+            return spread(apply(model, painter, spread(codes), method="decode_codes"))
 
-        # The tokenizer's weights leave the tensor axis free: it splits the group, where it divides that.
-        actions = sharding.constrain_batch(segment.actions, mesh, group=True, spare=True)
         parts = keys.shape[1] // sharding.group_ways(mesh, *keys.shape, spare=True) if drawn.slice_vae else 1
-        return sharding.in_parts(pixels, actions, parts, axis=1), {"image": segment}
+        return sharding.in_parts(pixels, spread(segment.actions), parts, axis=1), {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]

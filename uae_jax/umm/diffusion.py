@@ -78,6 +78,7 @@ def build(
         )
     model, settings, guidance = modules.captioner, config.rl, config.redraw.guidance
     shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
+    decoder.check_tile(modules.vae, config.redraw.tile_vae)
     levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
     sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
     if temperature is not None:
@@ -154,8 +155,7 @@ def build(
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
         latents = flow.euler(velocity, noise, levels)
-        ways = sharding.group_ways(mesh, *keys.shape, spare=True)
-        parts = keys.shape[1] // ways if config.redraw.slice_vae else 1
-        return spread(decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), parts)), {}
+        pieces = config.redraw.slice_vae, config.redraw.tile_vae
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), *pieces, mesh), {}
 
     return Family(generate, redraw, log_probs)

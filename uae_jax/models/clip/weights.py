@@ -4,6 +4,9 @@ from uae_jax.convert.table import LINEAR, PATCHES, Entry, layers
 from uae_jax.models.clip.config import Config, TextConfig, TextModelConfig, VisionConfig
 from uae_jax.sharding import COPIED, Rules, Split
 
+# The numbers 0, 1, 2, ..., which transformers saved with CLIP and SigLIP until it stopped.
+BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "embeddings.position_ids")
+
 
 def norm_entries(path: str, name: str, width: int) -> list[Entry]:
     """A layer norm."""
