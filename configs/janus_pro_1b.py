@@ -18,7 +18,7 @@ then along the 8 captions of each:
     | v5e:16x16              |   256 | data=4 fsdp=64         |             128 |                       1 |
     | v6e:16x16              |   256 | data=4 fsdp=64         |             128 |                       1 |
     | v5p:4x4x4              |    64 | fsdp=-1                |              64 |                       1 |
-    | v5p:8x8x16             |  1024 | data=16 fsdp=64        |             128 |                       1 |
+    | v5p:8x8x16             |  1024 | data=8 fsdp=128        |             128 |                       1 |
     | v5e:16x16, 2..4 slices |  256k | slice=k data=4 fsdp=64 |             64k |                       1 |
     | 1 H100 or H200         |     1 | fsdp=-1                |               4 |                       2 |
     | 8 H100 or H200         |     8 | fsdp=-1                |              16 |                       1 |
