@@ -59,6 +59,7 @@ def worker(weights: str, janus: str, data: int, fsdp: int, tensor: int) -> dict:
         "rl__rollout_microbatches": 1 if tensor == 1 else 2,
         "redraw__gather": "layer" if tensor == 1 else "once",
         "eval__batch_size": 8,
+        "rl__scale_by_std": False,  # two captions of nearly one reward: their deviation would magnify rounding
     }
     both = {"train": "both", "text_encoder": "live", "redraw__same_noise": False, "redraw__guidance": 2.0}
     config = tiny.ar_config(janus, weights, **changes, **both) if janus else tiny.config(weights, **changes)
@@ -137,5 +138,5 @@ def test_sharded_equals_unsharded_and_gathers_outside_the_token_loops(weights, u
     assert eight["donated"][0] >= eight["donated"][1] > 0
     for name in ("reward/mean", "caption/length", "loss", "kl", "grad_norm", "logp/sampler_gap"):
         for a, b in zip(one["rows"], eight["rows"], strict=True):
-            assert abs(a[name] - b[name]) < 2e-4 * max(1.0, abs(a[name])), name
+            assert abs(a[name] - b[name]) < 1e-4 * max(1.0, abs(a[name])), name
     assert abs(one["norm"] - eight["norm"]) < 1e-3

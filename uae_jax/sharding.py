@@ -217,11 +217,12 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     parts = max(config.rl.microbatches, config.rl.rollout_microbatches)
     images, group = config.data.batch_size // parts, config.rl.group_size
     taken = [axis for axes in batch_axes(mesh, images, group) for axis in axes]
-    left = [f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES if mesh.shape[axis] > 1 and axis not in taken]
+    left = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1 and axis not in taken]
     if left:
+        named, ways = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in left), math.prod(map(mesh.shape.get, left))
         raise UserError(
             f"config.data.batch_size / rl.microbatches = {images} images of {group} captions cannot be split over "
-            f"config.mesh's {', '.join(left)}: make one of them a multiple of that"
+            f"config.mesh's {named}: make one of them a multiple of {ways}"
         )
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.eval.enabled and config.eval.batch_size % devices:
