@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.towers = "tiny"  # both worlds are measured alike
     config.prompt.redraw_suffix = "<|vision_start|>"  # begins an image
     config.steps = 200
-    config.remat = False  # memory is no concern at this size
+    config.remat = "none"  # memory is no concern at this size
     config.train = "both"  # words and image tokens are actions of one policy
     config.text_encoder = "live"
     config.redraw.same_noise = False

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.unlock()
     config.stage = "tokenizer,joint"
-    config.remat = False  # memory is no concern at this size
+    config.remat = "none"  # memory is no concern at this size
     config.towers = "tiny"  # both worlds are measured alike
     config.prompt.redraw_suffix = "<|vision_start|>"  # begins an image
     config.redraw.temperature = 0.5  # of the pictures by which the card reckons; learning is at 1

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.unlock()
     config.stage = "tower,bench_tower,captioner,decoder"
-    config.remat = False  # memory is no concern at this size
+    config.remat = "none"  # memory is no concern at this size
     config.redraw.prediction = "sample"  # what the decoder learns to predict: the clean image
     config.redraw.steps = 2
 

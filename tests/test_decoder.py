@@ -44,7 +44,7 @@ def test_levels_are_the_schedulers_where_there_is_one():
 
 
 def test_two_passes_give_what_one_of_twice_the_batch_gives():
-    model = decoder.transformer(dataclasses.replace(FLUX, num_layers=1, num_single_layers=1), remat=False)
+    model = decoder.transformer(dataclasses.replace(FLUX, num_layers=1, num_single_layers=1), remat="none")
     rng = np.random.default_rng(0)
     x, text, pooled = (rng.standard_normal(s).astype(np.float32) for s in ((1, 2, 4, 4, 2), (2, 1, 2, 3, 6), (5,)))
     mask = np.ones((2, 1, 2, 3), bool)

@@ -230,7 +230,7 @@ def test_only_the_rows_that_are_asked_for_are_read():
 
 
 def test_rows_land_where_the_whole_batch_would():
-    mesh = jax.make_mesh((1, 1), sharding.AXES)
+    mesh = jax.make_mesh((1, 1, 1, 1), sharding.AXES)
     batch = {"image": np.arange(12.0).reshape(4, 3)}
     rows = sharding.local_rows(4, mesh)
     assert rows.tolist() == [0, 1, 2, 3]

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from configs import janus_pro_1b, janus_pro_7b
 from uae_jax import config as base
 from uae_jax import sharding
+from uae_jax.convert import folder
 from uae_jax.convert.table import flat_names, mismatches, param_shape
 from uae_jax.models.janus import original
 from uae_jax.models.janus import weights as hub
@@ -151,12 +152,13 @@ def compiled_sizes(topology: str, name: str) -> dict[str, float]:
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(topology, "tpu").devices
-    mesh = Mesh(np.array(devices).reshape(1, -1), sharding.AXES)
+    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), sharding.AXES)
     model, params = abstract(name)
     config, prompts, b, g = model.config, prompts_of(model.config), len(devices), 4
-    shardings = sharding.param_shardings(params, mesh)
+    rules = folder.rules_of(config, mesh)
+    shardings = sharding.param_shardings(params, mesh, rules)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
-    split = NamedSharding(mesh, P(sharding.AXES))
+    split = NamedSharding(mesh, P("fsdp"))
 
     def batched(shape, dtype):
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=split)
@@ -169,7 +171,7 @@ def compiled_sizes(topology: str, name: str) -> dict[str, float]:
     def write(params, images, keys):
         prompt = autoregressive.about(sharding.constrain_batch(images, mesh), prompts, config)
         sampling = Sampling(WORDS, (config.eos_token_id,))
-        return caption.generate(model, params, prompt, keys, allowed=allowed, sampling=sampling, mesh=mesh)
+        return caption.generate(model, params, prompt, keys, allowed=allowed, sampling=sampling, mesh=mesh, rules=rules)
 
     settings = CONFIGS[name].get_config()
     settings.redraw.guidance = 5.0

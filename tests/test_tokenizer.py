@@ -51,7 +51,8 @@ def test_it_learns_to_draw_scenes_through_codes(tmp_path):
 
 def test_pixels_reach_the_encoder_through_codes_and_unused_codes_are_placed():
     # Without the pull to the codes, only the straight-through gradient moves the encoder.
-    program = tokenizer.build(config(tokenizer__commitment=0.0, tokenizer__optimizer__warmup=0), Path())
+    c = config(tokenizer__commitment=0.0, tokenizer__optimizer__warmup=0)
+    program = tokenizer.build(c, Path(), sharding.make_mesh(c))
     batch = program.batches[0]
     before = jax.device_get(program.state.params["tokenizer"])
     state, metrics = jax.jit(program.step)(program.state, {}, batch)

@@ -15,7 +15,11 @@ STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", 
 PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "stop_on_gap", "heartbeat_seconds")
+# Those from `mesh` on change how a step is computed, not what.
+MAY_DIFFER = (
+    "stage", "steps", "checkpoint", "eval", "stop_on_gap", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather",
+    "heartbeat_seconds",
+)  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -28,7 +32,7 @@ def default() -> ConfigDict:
     c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
     c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
-    c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
+    c.remat = "full"  # what the backward pass computes again: full, dots or none (uae_jax.models.REMAT)
 
     # The loop: image -> caption -> redrawn image.
     c.train = "encoder"  # what RL learns from: encoder (captions), decoder (the image tokens it samples), both
@@ -57,6 +61,7 @@ def default() -> ConfigDict:
     c.rl.clip_high = 0.2  # ... 1 + clip_high
     c.rl.inner_epochs = 1  # updates per rollout; clipping only acts from the second
     c.rl.microbatches = 1  # gradient accumulation: the batch of images is split into this many parts
+    c.rl.rollout_microbatches = 1  # ... and into this many to caption, redraw and score them, one after the other
     c.rl.normaliser = "constant"  # mean over a segment's actions: constant (its limit), sequence, token (batch)
     c.rl.weights = ConfigDict()
     c.rl.weights.caption = 1.0  # weight of the caption's part of the objective, a mean over its own tokens ...
@@ -77,8 +82,9 @@ def default() -> ConfigDict:
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
     c.redraw.same_noise = True  # one initial noise (one draw of image tokens) per group: only the caption differs in it
     c.redraw.temperature = 1.0  # of image tokens, where the weights draw with them; 0 = the most likely ones
-    c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
+    c.redraw.slice_vae = False  # decode latents one sample of each group (a device) at a time: less memory
     c.redraw.tile_vae = 0  # ... in blended tiles of so many pixels a side, as diffusers does (512); 0: as a whole
+    c.redraw.gather = "layer"  # the decoder's weights where fsdp splits them: layer by layer at every step, or once
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
     # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
@@ -111,8 +117,10 @@ def default() -> ConfigDict:
     c.checkpoint.keep = 2  # how many stay on disk
 
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    c.mesh.slice = 1  # slices of a pod, or nodes, joined by a slower network: each has a copy of the weights
     c.mesh.data = -1  # copies of the weights, each with its part of the batch
-    c.mesh.fsdp = 1  # weights split over this many devices, batch too
+    c.mesh.fsdp = 1  # weights stored in parts over this many devices, batch too
+    c.mesh.tensor = 1  # heads and MLPs of the language model used in parts over this many devices
     c.heartbeat_seconds = 100  # several processes: one that is silent for so long is dead, and the others stop
 
     return c.lock()
@@ -208,6 +216,8 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "condition_source", "text", "in_context")
     _one_of(c, "text_encoder", "frozen", "live")
     _one_of(c, "dtype", "float32", "bfloat16")
+    _one_of(c, "remat", "full", "dots", "none")
+    _one_of(c, "redraw.gather", "layer", "once")
     _one_of(c, "rl.normaliser", "constant", "sequence", "token")
     _one_of(c, "rl.truncated", "keep", "mask", "zero")
     _one_of(c, "rl.malformed", "keep", "group_min", "zero")
@@ -226,7 +236,7 @@ def validate(c: ConfigDict) -> None:
             field not in rl, f"rl.{field}", rl.get(field), f"a rollout draws from all tokens; see config.eval.{field}"
         )
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
-    for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
+    for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "rollout_microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
     for name, weight in rl.weights.items():
         _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
@@ -259,12 +269,13 @@ def validate(c: ConfigDict) -> None:
     for field in ("optimizer", *(f"{stage}.optimizer" for stage in STAGES if "optimizer" in c.get(stage, {}))):
         _validate_optimizer(c, field)
     _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
-    _require(
-        c.data.batch_size % rl.microbatches == 0,
-        "rl.microbatches",
-        rl.microbatches,
-        f"must divide config.data.batch_size = {c.data.batch_size}",
-    )
+    for field in ("microbatches", "rollout_microbatches"):
+        _require(
+            c.data.batch_size % rl[field] == 0,
+            f"rl.{field}",
+            rl[field],
+            f"must divide config.data.batch_size = {c.data.batch_size}",
+        )
     _require(
         c.data.source == "shapes" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )

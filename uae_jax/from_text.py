@@ -177,7 +177,7 @@ def by_host(config: Any, pipeline: Path, mesh: jax.sharding.Mesh) -> Draw:
         noise = decoder.initial_noise(keys, shape, same=False)
         drawn = host.latents(found, params, ids, negative, noise, config.redraw)
         pieces = config.redraw.slice_vae, config.redraw.tile_vae
-        return decoder.pixels_from_latents(drawn, found.vae, params["vae"], *pieces)
+        return decoder.pixels_from_latents(drawn, found.vae, params["vae"], *pieces, mesh)
 
     def draw(prompts: list[str], keys: jax.Array) -> np.ndarray:
         return jax.device_get(run(params, sharding.place_batch(tokens(found, tokenizers, prompts), mesh), keys))

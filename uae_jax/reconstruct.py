@@ -54,6 +54,8 @@ def load_config(workdir: Path) -> Any:
     path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
+        if isinstance(saved.get("remat"), bool):  # of earlier releases
+            saved["remat"] = "full" if saved["remat"] else "none"
         config = ConfigDict(configs.default().to_dict())
         config.update(saved)
         config.reward = ConfigDict(saved.get("reward", config.reward))  # names of towers: no defaults to add
@@ -76,7 +78,7 @@ def load_run(config: Any, workdir: Path | None, mesh: Any) -> tuple[Any, Any, in
     if workdir is not None and (workdir / "checkpoints").is_dir():
         state, _ = rl.start(config, built)
         with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
-            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
+            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh, built.rules)))
         if restored is not None:
             return built, restored[0].params, restored[1]
     return built, STARTING_WEIGHTS, 0

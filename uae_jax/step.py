@@ -123,12 +123,7 @@ def update(
     weights = {name: rl.weights[name] * grpo.action_weights(segments[name].mask, rl.normaliser) for name in names}
     counts = {name: jnp.maximum(segments[name].mask.sum(), 1) for name in names}
 
-    def split(tree: Any) -> Any:
-        """[b, ...] -> [m, b / m, ...]; microbatches are strided, so that a sharded batch axis stays where it is."""
-        m = rl.microbatches
-        return jax.tree.map(lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1), tree)
-
-    parts = split((images, segments, weights, advantage))
+    parts = sharding.split_parts((images, segments, weights, advantage), rl.microbatches)
 
     def scored(params: Params, part: Any) -> dict[str, jax.Array]:
         # What is not learnt from is left out here; the compiler drops its part of the scorer.
@@ -217,12 +212,24 @@ def make_step(
         keys = sample_keys(state.key, state.step, images.shape[0], config.rl.group_size)
         sampling_keys, noise_keys = (tokens.map_keys(lambda k, i=i: jax.random.fold_in(k, i), keys) for i in range(2))
 
-        captions = family.generate(state.params, frozen, images, sampling_keys)
-        redrawn, drawn = family.redraw(state.params, frozen, captions, images, noise_keys)
-        trajectory = {"caption": captions} | drawn
-        scores = score(
-            images, redrawn, trajectory, frozen, towers=towers, config=config, end_token=end_token, automaton=automaton
+        def rollout(part: tuple[jax.Array, ...]) -> tuple[Trajectory, Scores]:
+            images, sampling_keys, noise_keys = part
+            images = sharding.constrain_batch(images, mesh)
+            captions = sharding.constrain_batch(
+                family.generate(state.params, frozen, images, sampling_keys), mesh, group=True
+            )
+            redrawn, drawn = family.redraw(state.params, frozen, captions, images, noise_keys)
+            trajectory = {"caption": captions} | drawn
+            scores = score(
+                images, redrawn, trajectory, frozen,
+                towers=towers, config=config, end_token=end_token, automaton=automaton,
+            )  # fmt: skip
+            return trajectory, scores
+
+        trajectory, scores = sharding.in_parts(
+            rollout, (images, sampling_keys, noise_keys), config.rl.rollout_microbatches
         )
+        trajectory = sharding.constrain_batch(trajectory, mesh, group=True)
         advantage, flat = grpo.advantages(
             scores.reward, scores.valid, eps=config.rl.advantage_eps, scale_by_std=config.rl.scale_by_std
         )
@@ -235,7 +242,7 @@ def make_step(
             finite.sum(-1, keepdims=True), 1
         )
         mean = masked_mean(scores.reward, finite)
-        length = tokens.lengths(captions)
+        length = tokens.lengths(trajectory["caption"])
         metrics |= {
             "reward/mean": mean,
             "reward/std": jnp.sqrt(masked_mean((scores.reward - mean) ** 2, finite)),

@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from tokenizers import Tokenizer
 
-from uae_jax import lora, pixels, rewards, sharding
+from uae_jax import lora, optimizers, pixels, rewards, sharding
 from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
 from uae_jax.errors import UserError
@@ -40,12 +40,17 @@ class System(NamedTuple):
     judge: CellClassifier | None
     automaton: rewards.Automaton | None  # the data's grammar, where it has one
     frozen: Params  # on the mesh
+    mesh: jax.sharding.Mesh
+    rules: sharding.Rules  # where `frozen`, and what is trained, lie on it
 
     def family(self, config: Any, mesh: jax.sharding.Mesh | None = None, temperature: float | None = None) -> Family:
         """The family's functions; see `diffusion.build` and `autoregressive.build`."""
-        if isinstance(self.modules, Janus):
-            return autoregressive.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
-        return diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+        family = (
+            autoregressive.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+            if isinstance(self.modules, Janus)
+            else diffusion.build(self.modules, self.prompts, self.allowed, config, mesh, temperature)
+        )
+        return Family(*(sharding.under(mesh, function) for function in family))
 
     def reward(self, config: Any, captions: Segment, similarities: dict[str, jax.Array]) -> jax.Array:
         """The reward [b, g] of captions and their redraws, as the step reckons it."""
@@ -134,11 +139,14 @@ def complete(
         if not (towers / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
         tower_models[name] = folder.load_model(towers / name, mesh, dtype)
+    placed = {"start": sizes, "encoder": sizes}
+    placed |= {f"towers/{name}": model.config for name, model in tower_models.items()}
     frozen = frozen | {"towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
         model = folder.load_model(towers / "judge", mesh)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
+        placed["judge"] = model.config
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
         modules=modules,
@@ -149,6 +157,12 @@ def complete(
         judge=judge,
         automaton=automaton,
         frozen=frozen,
+        mesh=mesh,
+        rules=(
+            *folder.rules(placed, mesh),
+            *(() if isinstance(modules, Janus) else decoder_rules(modules, mesh)),
+            *optimizers.RULES,
+        ),
     )
 
 
@@ -200,9 +214,19 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
         has = f"{where / 'vae'} is missing" if vae is None else f"the vae's latents have {latents} channels"
         raise UserError(f"{where}: {has}, but the transformer draws {drawn} channels")
     frozen: Params = {name: part.params for name, part in parts.items()}
-    frozen["pooled"] = sharding.place(load_pooled(where, model, vae), mesh)
+    frozen |= sharding.place({"pooled": load_pooled(where, model, vae)}, mesh, POOLED)
     found = schedulers.load(where / "scheduler") if (where / "scheduler").is_dir() else None
     return Decoder(projector, model, vae, found), frozen
+
+
+# The pooled condition is one vector.
+POOLED: sharding.Rules = (("pooled", sharding.Split.COPIED),)
+
+
+def decoder_rules(drawn_by: Decoder | diffusion.Modules, mesh: jax.sharding.Mesh) -> sharding.Rules:
+    """Sharding rules of the parameters that `load_decoder` gives."""
+    modules = {"projector": drawn_by.projector, "transformer": drawn_by.transformer, "vae": drawn_by.vae}
+    return (*folder.rules({name: m.config for name, m in modules.items() if m is not None}, mesh), *POOLED)
 
 
 def load_pooled(where: Path, model: decoder.Transformer, vae: AutoencoderKL | None) -> np.ndarray:

@@ -44,8 +44,8 @@ def run(config: Any, workdir: Path) -> None:
 def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> bool:
     """Trains one program to its last step; False if it stopped before (everything is saved)."""
     # ---- state: on the mesh, from the last checkpoint if there is one
-    state = sharding.place(program.state, mesh)
-    frozen = sharding.place(program.frozen, mesh)
+    state = sharding.place(program.state, mesh, program.rules)
+    frozen = sharding.place(program.frozen, mesh, program.rules)
     size = program.batches.batch_size
     rows = sharding.local_rows(size, mesh)
     with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
@@ -53,7 +53,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
         if restored is not None:
             state, _ = restored
         first = int(state.step)
-        compiled = jax.jit(program.step, donate_argnums=0)
+        compiled = sharding.jit_step(program.step, state, mesh)
         with Writer(workdir, program.steps, program.columns, resume_step=first) as writer, stop_requests() as stopped:
             # ---- what was there before
             if first == 0:

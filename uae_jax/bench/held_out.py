@@ -85,7 +85,7 @@ class Evaluator:
         """
         compiled = jax.jit(function)
         size, most = self.config.eval.batch_size, len(self.images)
-        keys = sharding.place(sample_keys(self.key, jnp.int32(0), -(-most // size) * size, 1), self.mesh)
+        keys = sharding.copied(sample_keys(self.key, jnp.int32(0), -(-most // size) * size, 1), self.mesh)
 
         def run(params: Params, *arrays: np.ndarray) -> Any:
             parts = []

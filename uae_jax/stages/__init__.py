@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from uae_jax.gap import Watch
+from uae_jax.sharding import Rules
 from uae_jax.step import Metrics, State
 
 
@@ -25,6 +26,7 @@ class Program(NamedTuple):
 
     state: State
     frozen: Any
+    rules: Rules  # where the state's and the frozen parameters lie on the mesh
     step: Callable[[State, Any, dict[str, jax.Array]], tuple[State, Metrics]]  # pure; the loop compiles it
     batches: Batches
     steps: int

@@ -53,7 +53,7 @@ def match(
     return value, (logits.argmax(-1) == jnp.arange(len(images))).mean()
 
 
-def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> Program:
+def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program; `finish` writes the two model folders, with their processing, to workdir/weights."""
     settings, size = config.bench_tower, config.data.image_size
     dino = DINOv2(coldstart.model_config(config, "dinov2"))
@@ -97,6 +97,7 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={},
+        rules=(*folder.rules({"dinov2": dino.config, "siglip": siglip.config}, mesh), *optimizers.RULES),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(config.seed, settings.batch_size, size, fields, paired_scenes),
         steps=settings.steps,

@@ -36,7 +36,7 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
             f" configs/{like}.py"
         )
     if stage == "tokenizer":
-        return vq_tokenizer.build(config, workdir)
+        return vq_tokenizer.build(config, workdir, mesh)
     tokenizer = shapes_tokenizer.build()
     if stage == "joint":
         return joint.build(config, workdir, tokenizer, mesh)
@@ -48,12 +48,12 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     )
     prompts = Prompts.build(tokenizer, config, sizes)
     if stage == "tower":
-        return tower.build(config, workdir, tokenizer, prompts.end_token)
+        return tower.build(config, workdir, tokenizer, prompts.end_token, mesh)
     if stage == "bench_tower":
-        return bench_tower.build(config, workdir, tokenizer, prompts.end_token)
+        return bench_tower.build(config, workdir, tokenizer, prompts.end_token, mesh)
     if stage == "captioner":
         allowed = caption.allowed_tokens(tokenizer, sizes.text.vocab_size, prompts.end_token)
         family = diffusion.build(modules, prompts, allowed, config, mesh)
-        return captioner.build(config, workdir, tokenizer, prompts.end_token, modules.captioner, family)
+        return captioner.build(config, workdir, tokenizer, prompts.end_token, modules.captioner, family, mesh)
     start = folder.load_model(workdir / "weights" / "captioner").params
-    return decoder.build(config, workdir, tokenizer, modules, prompts, start)
+    return decoder.build(config, workdir, tokenizer, modules, prompts, start, mesh)

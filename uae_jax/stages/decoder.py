@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax import hosts, optimizers
+from uae_jax import hosts, optimizers, sharding
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene
@@ -45,6 +45,7 @@ def build(
     modules: diffusion.Modules,
     prompts: Prompts,
     captioner_params: Params,
+    mesh: jax.sharding.Mesh,
 ) -> Program:
     """The stage as a program; `finish` writes projector, transformer and the card to workdir/weights."""
     settings = config.decoder
@@ -117,6 +118,18 @@ def build(
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={"start": captioner_params, "whitening": fixed},
+        rules=(
+            *folder.rules(
+                {
+                    "start": modules.captioner.config,
+                    "projector": projector.config,
+                    "transformer": transformer.config,
+                },
+                mesh,
+            ),
+            (r"whitening/.*", sharding.Split.COPIED),
+            *optimizers.RULES,
+        ),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(
             config.seed,

@@ -117,6 +117,7 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, mesh: jax.sharding.M
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={"start": start},
+        rules=(*folder.rules_of(sizes, mesh), *optimizers.RULES),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(
             config.seed, settings.batch_size, size, fields, coldstart.growing_scenes(settings.curriculum_steps)

@@ -81,13 +81,28 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         value = ((prediction - target) ** 2).mean()
         return value, {"loss": value, "caption/length": batch["length"].mean()}
 
-    parts = {name: frozen[name] for name in PARTS}
-    params: Params = system.trainable(parts, settings.trainable) if settings.trainable else {}
-    if settings.lora.rank:
+    rules = (
+        *folder.rules({"start": captioner.config}, mesh),
+        *system.decoder_rules(drawn_by, mesh),
+        *optimizers.RULES,
+    )
+
+    def trained(parts: Params) -> Params:
+        params: Params = system.trainable(parts, settings.trainable) if settings.trainable else {}
+        if not settings.lora.rank:
+            return params
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = merge(params, lora.initial(parts, settings.lora.rank, settings.lora.target, key))
+        return merge(params, lora.initial(parts, settings.lora.rank, settings.lora.target, key))
+
+    params = sharding.made(trained, {name: frozen[name] for name in PARTS}, mesh=mesh, rules=rules)
     optimizer = optimizers.make(settings.optimizer, optimizers.schedule(settings.optimizer, settings.steps))
-    state = coldstart.initial_state(jax.random.key(config.seed), params, optimizer)
+    state = State(
+        jnp.int32(0),
+        jax.random.key(config.seed),
+        params,
+        sharding.made(optimizer.init, params, mesh=mesh, rules=rules),
+        jnp.int32(0),
+    )
     if settings.ema:
         state = state.replace(ema=jax.tree.map(jnp.copy, params))
 
@@ -100,7 +115,8 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     return Program(
         state=state,
         frozen=frozen,
-        step=coldstart.supervised_step(loss, optimizer, settings.ema),
+        rules=rules,
+        step=sharding.under(mesh, coldstart.supervised_step(loss, optimizer, settings.ema)),
         batches=pairs.PairBatches(
             source,
             tokenizer,

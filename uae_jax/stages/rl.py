@@ -82,6 +82,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     return Program(
         state=state,
         frozen=built.frozen,
+        rules=built.rules,
         step=run_step,
         batches=train,
         steps=config.steps,
@@ -94,11 +95,17 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
 def start(config: Any, built: system.System) -> tuple[State, optax.GradientTransformation]:
     """The state before the first update, and the optimizer it belongs to."""
-    params = {"encoder": system.trained(built.frozen["start"], config)}
+    params = sharding.made(
+        lambda start: {"encoder": system.trained(start, config)},
+        built.frozen["start"],
+        mesh=built.mesh,
+        rules=built.rules,
+    )
     optimizer = optimizers.make(
         config.optimizer, optimizers.schedule(config.optimizer, config.steps * config.rl.inner_epochs)
     )
-    return State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)), optimizer
+    opt_state = sharding.made(optimizer.init, params, mesh=built.mesh, rules=built.rules)
+    return State(jnp.int32(0), jax.random.key(config.seed), params, opt_state, jnp.int32(0)), optimizer
 
 
 def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
@@ -129,7 +136,7 @@ class Gallery:
         family = built.family(config, mesh=None)
         likeliest = built.family(config, mesh=None, temperature=0.0)
         keys = step.sample_keys(jax.random.key(config.seed), jnp.int32(0), len(images), config.rl.group_size)
-        self.keys = sharding.place(keys, mesh)
+        self.keys = sharding.copied(keys, mesh)
 
         @jax.jit
         def roll(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:

@@ -15,6 +15,7 @@ from uae_jax import hosts, optimizers
 from uae_jax.convert import folder
 from uae_jax.models import apply, initial
 from uae_jax.models.janus.vq import VQModel, directions
+from uae_jax.sharding import Split
 from uae_jax.stages import Program, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params
@@ -40,7 +41,7 @@ def restarted(
     return jnp.where(dead[:, None], latents[chosen], codebook), jnp.where(dead, 1.0, usage)
 
 
-def build(config: Any, workdir: Path) -> Program:
+def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program; `finish` writes the tokenizer to workdir/weights."""
     settings = config.tokenizer
     size = config.data.image_size
@@ -105,6 +106,11 @@ def build(config: Any, workdir: Path) -> Program:
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={},
+        rules=(
+            *folder.rules({"tokenizer": model.config}, mesh),
+            ("usage", Split.COPIED),
+            *optimizers.RULES,
+        ),
         step=step,
         batches=coldstart.SceneBatches(
             config.seed, settings.batch_size, size, lambda scenes, rng, step: {}, coldstart.uniform_scenes

@@ -6,6 +6,7 @@ Caption tokens and image tokens are both actions of one policy: segments `captio
 conditioned on the caption's text alone.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import lora, sharding
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.janus.config import Config
 from uae_jax.models.janus.model import Janus
 from uae_jax.models.qwen2_5_vl.prompts import Prompt
-from uae_jax.models.vae.pieces import sliced
 from uae_jax.sampling import tokens
 from uae_jax.sampling.tokens import Segment
 from uae_jax.umm import Family, Params, Trajectory, caption
@@ -104,6 +105,7 @@ def build(
     if temperature is not None:
         words = words._replace(temperature=temperature, top_k=config.eval.top_k, top_p=config.eval.top_p)
     codes = tokens.Sampling(c.vq.num_patches**2, (), drawn.temperature)
+    rules = folder.rules_of(c, mesh)
     every_code = np.ones(c.vq.num_embeddings, bool)
 
     def full(params: Params, frozen: Params) -> Params:
@@ -111,7 +113,9 @@ def build(
 
     def generate(params: Params, frozen: Params, images: jax.Array, keys: jax.Array) -> Segment:
         prompt = about(images, prompts, c)
-        return caption.generate(model, full(params, frozen), prompt, keys, allowed=allowed, sampling=words, mesh=mesh)
+        return caption.generate(
+            model, full(params, frozen), prompt, keys, allowed=allowed, sampling=words, mesh=mesh, rules=rules
+        )
 
     def asking(captions: Segment) -> Prompt:
         """Prompts [b, g]; [2, b, g], conditional and unconditional, where there is guidance."""
@@ -131,18 +135,20 @@ def build(
         # Every caption is a prompt of its own, with one answer.
         answers = caption.generate(
             model, weights, asking(captions), keys[..., None],
-            allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
+            allowed=every_code, sampling=codes, mesh=mesh, rules=rules, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
         # Convolutions with split kernels, or codes of unknown layout, and the whole batch is drawn on every device.
-        painter = weights | {"vq": sharding.decode_view(weights["vq"], mesh, model.dtype)}
+        painter = weights | sharding.decode_view({"vq": weights["vq"]}, mesh, model.dtype, rules)
+        # The tokenizer's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
         def pixels(codes: jax.Array) -> jax.Array:
-            codes = sharding.constrain_batch(codes, mesh)
-            return sharding.constrain_batch(apply(model, painter, codes, method="decode_codes"), mesh)
+            return spread(apply(model, painter, spread(codes), method="decode_codes"))
 
-        images = sliced(pixels, segment.actions, axis=1) if drawn.slice_vae else pixels(segment.actions)
-        return images, {"image": segment}
+        b, g = keys.shape
+        parts = g // sharding.group_ways(mesh, b, g, spare=True) if drawn.slice_vae else 1
+        return sharding.in_parts(pixels, spread(segment.actions), parts, axis=1), {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]

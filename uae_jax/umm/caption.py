@@ -106,6 +106,7 @@ def generate(
     allowed: np.ndarray,
     sampling: Sampling,
     mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules = (),
     kind: Kind = WORDS,
     guidance: float = 1.0,
 ) -> Segment:
@@ -113,8 +114,9 @@ def generate(
 
     Args:
       keys: typed PRNG keys [..., g] (`tokens.seeded` makes them of seeds).
+      rules: of the model's parameters, for a mesh.
     """
-    weights = sharding.decode_view(weights, mesh, model.dtype)
+    weights = sharding.decode_view(weights, mesh, model.dtype, rules)
     last, cache = prefill(model, weights, prompt)
     p, g, t = prompt.tokens.shape[-1], keys.shape[-1], sampling.max_tokens
     batch = (*last.shape[:-1], g)
@@ -131,7 +133,7 @@ def generate(
 
     return tokens.sample(
         combined(jnp.broadcast_to(logits[..., None, :], (*batch, logits.shape[-1])), guidance),
-        sharding.constrain_batch(grouped(cache, g, t), mesh, axis=1 if guidance == 1.0 else 2),
+        sharding.constrain_batch(grouped(cache, g, t), mesh, axis=1 if guidance == 1.0 else 2, group=True),
         decode,
         keys,
         allowed=jnp.asarray(allowed),

@@ -1,5 +1,6 @@
 """The drawing half of UMM-1: an MM-DiT of SD3's or FLUX's kind, its noise levels, and the VAE behind its latents."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax import sharding
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.flux import config as flux_config
@@ -14,7 +17,7 @@ from uae_jax.models.flux.model import FluxTransformer
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.models.vae.model import AutoencoderKL, gaussian
-from uae_jax.models.vae.pieces import OVERLAP, sliced, tiled
+from uae_jax.models.vae.pieces import OVERLAP, tiled
 from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.umm import Params
@@ -23,7 +26,7 @@ Transformer = SD3Transformer | FluxTransformer
 KINDS = (sd3_config.CLASS_NAME, flux_config.CLASS_NAME)
 
 
-def transformer(config: Any, dtype: Any = jnp.float32, remat: bool = True) -> Transformer:
+def transformer(config: Any, dtype: Any = jnp.float32, remat: str = "full") -> Transformer:
     """The MM-DiT of a config of one of `KINDS`."""
     if isinstance(config, flux_config.Config):
         return FluxTransformer(config, dtype, remat)
@@ -135,24 +138,36 @@ def check_tile(vae: AutoencoderKL | None, side: int) -> None:
 
 
 def pixels_from_latents(
-    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, slices: bool = False, tile: int = 0
+    latents: jax.Array,
+    vae: AutoencoderKL | None = None,
+    params: Params = None,
+    slices: bool = False,
+    tile: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Images [b, g, H, W, 3] in 0..1 of latents [b, g, h, w, c]; without a VAE, latents are pixels in -1..1.
 
     Args:
-      slices: decode one sample of each group at a time.
+      slices: decode one sample of each group (a device) at a time.
       tile: ... and larger images in tiles of so many pixels a side (`pieces.tiled`); 0: as a whole.
     """
     if vae is not None:
+        # Convolutions whose kernels are split would draw the whole batch on every device.
+        params = sharding.decode_view(params, mesh, vae.dtype, folder.rules_of(vae.config, mesh))
+        # The VAE's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
         def whole(z: jax.Array) -> jax.Array:
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             return apply(vae, params, z, method="decode").astype(jnp.float32)
 
         def decode(z: jax.Array) -> jax.Array:
-            return tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z)
+            z = spread(z)
+            return spread(tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z))
 
-        latents = sliced(decode, latents, axis=1) if slices else decode(latents)
+        b, g = latents.shape[:2]
+        parts = g // sharding.group_ways(mesh, b, g, spare=True) if slices else 1
+        latents = sharding.in_parts(decode, latents, parts, axis=1)
     return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
 
 

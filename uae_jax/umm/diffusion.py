@@ -7,13 +7,15 @@ The caption is read again, without the image, by a frozen copy of the captioner 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax import lora
+from uae_jax import lora, sharding
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
@@ -74,7 +76,7 @@ def build(
         raise UserError(
             f"config.train = {config.train!r}: these weights draw by diffusion, which RL leaves alone; use encoder"
         )
-    model, settings = modules.captioner, config.rl
+    model, settings, guidance = modules.captioner, config.rl, config.redraw.guidance
     shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
     decoder.check_tile(modules.vae, config.redraw.tile_vae)
     levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
@@ -90,8 +92,9 @@ def build(
 
     def generate(params: Params, frozen: Params, images: jax.Array | Prompt, keys: jax.Array) -> Segment:
         return caption.generate(
-            model, full(params, frozen), seen(images), keys, allowed=allowed, sampling=sampling, mesh=mesh
-        )
+            model, full(params, frozen), seen(images), keys,
+            allowed=allowed, sampling=sampling, mesh=mesh, rules=folder.rules_of(model.config, mesh),
+        )  # fmt: skip
 
     def log_probs(
         params: Params, frozen: Params, images: jax.Array | Prompt, trajectory: Trajectory
@@ -134,12 +137,18 @@ def build(
         params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
     ) -> tuple[jax.Array, Trajectory]:
         states, mask = conditions(params, frozen, captions, images)
-        noise = decoder.initial_noise(keys, shape, config.redraw.same_noise)
-        if config.redraw.guidance != 1.0:
+        # The decoder's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
+        states, mask, noise = spread((states, mask, decoder.initial_noise(keys, shape, config.redraw.same_noise)))
+        if guidance != 1.0:
             # On a new leading axis: conditional, unconditional.
             states, mask = (jnp.stack(x) for x in zip((states, mask), negative_conditions(frozen, states), strict=True))
-        text = apply(modules.projector, frozen["projector"], states)
+        text = spread(apply(modules.projector, frozen["projector"], states), axis=0 if guidance == 1.0 else 1)
         shown = mask if config.mask_text else None
+        if config.redraw.gather == "once":
+            rules = folder.rules_of(modules.transformer.config, mesh)
+            view = sharding.decode_view(frozen["transformer"], mesh, modules.transformer.dtype, rules)
+            frozen = frozen | {"transformer": view}
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             prediction = decoder.guided_step(modules.transformer, frozen, x, text, sigma, shown, config.redraw)
@@ -147,6 +156,6 @@ def build(
 
         latents = flow.euler(velocity, noise, levels)
         pieces = config.redraw.slice_vae, config.redraw.tile_vae
-        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), *pieces), {}
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), *pieces, mesh), {}
 
     return Family(generate, redraw, log_probs)

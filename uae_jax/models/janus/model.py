@@ -36,7 +36,7 @@ class Janus(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     def setup(self) -> None:
         c, width = self.config, self.config.text.hidden_size

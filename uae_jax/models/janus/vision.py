@@ -53,7 +53,7 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import itertools
 from uae_jax.convert.table import PATCHES, Entry
 from uae_jax.models.janus.vq import VQConfig
 from uae_jax.models.vae.weights import conv_entries, norm_entries
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def _pointwise(path: str, name: str, out: int, width: int) -> list[Entry]:
@@ -81,3 +82,8 @@ def table(config: VQConfig) -> list[Entry]:
         *norm_entries("decoder/norm_out", "decoder.norm_out", first),
         *conv_entries("decoder/conv_out", "decoder.conv_out", config.out_channels, first),
     ]
+
+
+def rules(config: VQConfig, tensor: int) -> Rules:
+    """Sharding rules of `VQModel(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?(?:kernel|codebook)", Split.GATHERED))

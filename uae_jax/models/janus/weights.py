@@ -7,6 +7,7 @@ from uae_jax.convert.table import LINEAR, PATCHES, Entry, Names, layers
 from uae_jax.models.janus import vq_weights
 from uae_jax.models.janus.config import Config, VisionConfig
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.sharding import COPIED, Rules, Split, divided
 
 
 def table(config: Config) -> list[Entry]:
@@ -82,3 +83,15 @@ def _vision(c: VisionConfig) -> list[Entry]:
         *_linear(f"{path}/mlp/down", each("mlp.fc2"), c.intermediate_size, d),
         *_norm("visual/post_layernorm", f"{start}.post_layernorm", d),
     ]
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `Janus(config)`: tensor splits the language model and the head over the image's codes."""
+    codes = divided(Split.COLUMNS, config.vq.num_embeddings, tensor)
+    return (
+        *COPIED,
+        *qwen_weights.text_rules(config.text, tensor),
+        ("gen_head/vision_head/kernel", codes),
+        (r"(?:visual|aligner|gen_aligner|gen_head|vq)/(?:.*/)?kernel", Split.GATHERED),
+        (r"visual/position_embedding|gen_embed/embedding|vq/codebook", Split.GATHERED),
+    )

@@ -161,7 +161,7 @@ class LanguageModel(nn.Module):
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     def setup(self) -> None:
         c = self.config

@@ -19,7 +19,7 @@ class Qwen2_5_VL(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     def setup(self) -> None:
         self.visual = VisionTower(self.config.vision, self.dtype, self.remat)

@@ -4,6 +4,7 @@ import itertools
 
 from uae_jax.convert.table import CONV2D, LINEAR, Entry
 from uae_jax.models.vae.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def conv_entries(path: str, name: str, out: int, width: int, side: int = 3) -> list[Entry]:
@@ -66,3 +67,8 @@ def table(config: Config) -> list[Entry]:
         *norm_entries("decoder/conv_norm_out", "decoder.conv_norm_out", first),
         *conv_entries("decoder/conv_out", "decoder.conv_out", config.out_channels, first),
     ]
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `AutoencoderKL(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?kernel", Split.GATHERED))
