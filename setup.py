@@ -28,6 +28,8 @@ setup(
         "ml-collections>=1.0",
         "grain>=0.2.11",
         "absl-py",
+        "etils[epath]",
+        "filelock",
         "ml-dtypes",
         "numpy",
         "pillow",

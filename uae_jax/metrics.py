@@ -115,8 +115,8 @@ class Writer:
             self._lines = open(lines, "a", encoding="utf-8")  # noqa: SIM115
         with storage_errors(board):
             # Written in this thread: the queue of tensorboardX's own SummaryWriter blocks for ever on a full disk.
-            # The suffix keeps a second writer in the same second from overwriting the file of the first.
-            self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
+            # TensorBoard reads files in the order of their names, which would otherwise be that of the clock.
+            self._board = EventsWriter(str(board / f"events.{len(list(board.iterdir())):06d}"))
             # TensorBoard hides what earlier files hold from this step on.
             start = Event(session_log=SessionLog(status=SessionLog.START), step=self._step + 1 if self._step else 0)
             self._board.write_event(start)

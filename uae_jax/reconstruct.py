@@ -75,10 +75,10 @@ def load_run(config: Any, workdir: Path | None, mesh: Any) -> tuple[Any, Any, in
     built = system.load(config, mesh)
     if workdir is not None and (workdir / "checkpoints").is_dir():
         state, _ = rl.start(config, built)
-        with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
-            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh)))
-        if restored is not None:
-            return built, restored[0].params, restored[1]
+        step = checkpoint.newest_whole(workdir / "checkpoints")  # reading only: the run may be going on
+        if step is not None:
+            state = checkpoint.restore(workdir / "checkpoints", step, checkpoint.abstract(sharding.place(state, mesh)))
+            return built, state.params, step
     return built, STARTING_WEIGHTS, 0
 
 
