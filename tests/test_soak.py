@@ -50,11 +50,10 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
     start = int(SETTLED * steps)
     settled = np.asarray(memory[start:], float)
     slope = np.polyfit(np.arange(len(settled)), settled, 1)[0]
-    print(
-        f"{steps} steps: {memory[0] / 2**20:.0f} MiB after the first, {memory[start] / 2**20:.0f} after {start + 1}, "
-        f"{memory[-1] / 2**20:.0f} at the end, slope {slope:.0f} bytes a step; handles {handles[start]} to {handles[-1]}, "
-        f"at most {max(handles)}; programs {compiled[0]} after the first step, {compiled[-1]} at the end"
-    )
+    mib = [memory[at] / 2**20 for at in (0, start, -1)]
+    print(f"{steps} steps: {mib[0]:.0f} MiB after the first, {mib[1]:.0f} after {start + 1}, {mib[2]:.0f} at the end")
+    print(f"slope {slope:.0f} bytes a step; handles {handles[start]}, {handles[-1]} at the end, {max(handles)} at most")
+    print(f"programs: {compiled[0]} after the first step, {compiled[-1]} at the end")
     # The first evaluation (step 10) and the first save have seen everything that there is to compile.
     assert compiled[-1] == compiled[20], "something was compiled again"
     assert compiled[8] == compiled[0], "the step itself was compiled again"

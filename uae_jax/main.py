@@ -8,6 +8,7 @@ from ml_collections import config_flags
 
 from uae_jax import config as configs
 from uae_jax import runtime
+from uae_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "", "where checkpoints and results go; runs/<config name> by default", flag_values=FLAGS)
@@ -24,6 +25,8 @@ def main(arguments: list[str]) -> None:
     runtime.prepare()
     from uae_jax import train  # only now: jax reads its environment when it is imported
 
+    if "://" in FLAGS.workdir:
+        raise UserError(f"--workdir={FLAGS.workdir}: files there grow: mount the bucket, and name its folder")
     workdir = Path(FLAGS.workdir or Path("runs") / Path(config_flags.get_config_filename(FLAGS["config"])).stem)
     train.run(config, workdir)
 
