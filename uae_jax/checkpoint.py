@@ -2,13 +2,15 @@
 
 Leaves are stored under their '/'-joined paths, so that a checkpoint is read without the classes that wrote it and a
 leaf that does not fit is named. A save is written to a temporary directory and renamed when complete: one that was
-interrupted is not seen again.
+interrupted is not seen again. Each holds its configuration and the checksums of its files (`checksums`); one that is
+damaged is passed over for the one before. Which is the newest is decided by steps, never by time. Folders of
+checkpoints are local or whatever else `etils.epath` reaches (gs://).
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
+from uae_jax import checksums
 from uae_jax.errors import UserError
+from uae_jax.retention import Keep, Policy
 from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _SHOWN = 3  # differences named in one error
@@ -65,27 +71,188 @@ def abstract(state: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def _items(directory: str | os.PathLike, step: int) -> epath.Path:
+    """The folder in which the files of a checkpoint lie."""
+    return _absolute(directory) / str(step) / ocp.checkpoint_manager.DEFAULT_ITEM_NAME
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    return epath.Path(directory).absolute()  # gs:// is
+
+
+def newest_whole(directory: str | os.PathLike) -> int | None:
+    """The step of the newest checkpoint whose files are what was written; None where there is no checkpoint at all.
+
+    Every file is read, by the first process alone. One that is damaged is passed over with a warning; one that an
+    older version wrote, without checksums, is taken as it is, with a warning.
+
+    Args:
+      directory: of checkpoints. Nothing is written there, and a run may be adding to it.
+
+    Raises:
+      UserError: all are damaged.
+    """
+    found = _newest_whole(directory) if jax.process_index() == 0 else 0
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == _ALL_DAMAGED:
+        raise UserError(f"all checkpoints in {directory} are damaged: copy one back, or remove them all to start again")
+    return None if found == _NO_CHECKPOINT else found
+
+
+_NO_CHECKPOINT, _ALL_DAMAGED = -1, -2
+
+
+def named(path: str | os.PathLike) -> tuple[epath.Path, int]:
+    """What `config.resume` names: a workdir's (or its checkpoints/) newest that is whole, or one by its step.
+
+    Returns:
+      Its folder of checkpoints, and its step.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = _absolute(path)
+    if path.name.isdigit() and int(path.name) in _complete(path.parent):
+        try:
+            record = checksums.read(path / ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
+            if record is not None:
+                checksums.verify(path / ocp.checkpoint_manager.DEFAULT_ITEM_NAME, record)
+        except checksums.Damaged as damage:
+            raise UserError(f"config.resume: checkpoint {path} is damaged ({damage}): name another") from None
+        return path.parent, int(path.name)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    step = newest_whole(folder)
+    if step is None:
+        raise UserError(f"config.resume: {path} holds no complete checkpoint: name the workdir of a run")
+    return folder, step
+
+
+def config_of(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+    """The configuration that a checkpoint was written with; empty where it does not say."""
+    record = checksums.read(_items(directory, step))
+    return record.config if record is not None else {}
+
+
+def _newest_whole(directory: str | os.PathLike) -> int:
+    steps = sorted(_complete(directory), reverse=True)
+    for step, before in zip(steps, [*steps, None][1:], strict=True):
+        folder = _items(directory, step)
+        try:
+            record = checksums.read(folder)
+            if record is not None:
+                checksums.verify(folder, record)
+            else:
+                logging.warning("checkpoint %s was written without checksums: it is used unverified", folder.parent)
+            return step
+        except checksums.Damaged as damage:
+            then = "there is none before it" if before is None else f"the one before it is tried, of step {before}"
+            logging.warning("checkpoint %s is damaged (%s): %s", folder.parent, damage, then)
+    return _ALL_DAMAGED if steps else _NO_CHECKPOINT
+
+
+def _complete(directory: str | os.PathLike) -> list[int]:
+    directory = _absolute(directory)
+    return ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+
+
+def restore(directory: str | os.PathLike, step: int, abstract_state: Any) -> Any:
+    """A checkpoint as the state it was saved from; its files are not verified here (`newest_whole` does).
+
+    Args:
+      directory: of checkpoints; nothing is written there.
+      step: of the one wanted.
+      abstract_state: pytree of jax.ShapeDtypeStruct with shardings (none: the first device), of the structure that
+        was saved. The shardings, and the number of devices, are free to differ from those of the save.
+
+    Raises:
+      UserError: names each leaf whose path, shape or dtype differs, or the checkpoint where it cannot be read.
+    """
+    path = str(_absolute(directory) / str(step))
+    wanted = {name: _abstract(leaf) for name, leaf in _named(abstract_state).items()}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        try:
+            stored = dict(reader.metadata(_items(directory, step)).item_metadata.items())
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        differences = [
+            f"{name} is {_show(stored.get(name))} there, {_show(wanted.get(name))} here"
+            for name in wanted | stored
+            if _show(stored.get(name)) != _show(wanted.get(name))
+        ]
+        if differences:
+            raise UserError(
+                f"checkpoint {path} does not fit this configuration: {_some(differences)}; "
+                "use the configuration (and version) it was written with, or another --workdir"
+            )
+        try:
+            arrays = reader.restore(_items(directory, step), args=ocp.args.StandardRestore(wanted))
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    leaves, structure = jax.tree.flatten(abstract_state)
+    restored = [
+        jax.random.wrap_key_data(arrays[name], impl=_key_impl(leaf)) if _is_key(leaf) else arrays[name]
+        for name, leaf in zip(wanted, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, restored)
+
+
+class _Recording(ocp.StandardCheckpointHandler):
+    """Adds the record to a checkpoint that is complete but for its name."""
+
+    config: Mapping[str, Any]
+    metric: float | None = None
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        if jax.process_index() == 0:
+            checksums.write(directory, self.config, self.metric)
+
+
 class Checkpointer:
-    """Saves a pytree of arrays every `every` steps, keeps the newest `keep`, restores the newest complete one.
+    """Saves a pytree of arrays every `every` steps, keeps what `keep` says, restores the newest that is whole.
 
     Use as a context manager, or call `close`: a save runs behind the training, and a fault of it (disk full) is raised
-    by the next `save` or by `close`. Every process of a multi-host run makes the same calls.
+    by the next `save` or by `close`. Every process of a multi-host run makes the same calls. Not for a directory in
+    which another process saves: what that one is writing would be removed (`newest_whole` and `restore` only read).
     """
 
-    def __init__(self, directory: str | os.PathLike, every: int, keep: int = 2):
-        """`directory` is made where missing. Raises UserError where that is impossible."""
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        every: int,
+        keep: Keep = Keep(),  # noqa: B008
+        config: Mapping[str, Any] | None = None,
+    ):
+        """`directory` is made where missing, `config` goes into each checkpoint. UserError where that is impossible."""
         absl_logging.get_absl_logger().addFilter(_quiet)
         # What a failed save leaves unread in its event loop; the failure itself is raised here.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self.directory = os.path.abspath(directory)
-        self.every = every
+        self.directory = _absolute(directory)
+        self.every, self.keep = every, keep
+        self._values: dict[int, float] = {}
+        self._handler = _Recording()
+        self._handler.config = config or {}
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(ocp.checkpoint_manager.DEFAULT_ITEM_NAME, ocp.args.StandardSave, self._handler)
         with storage_errors(self.directory):
-            os.makedirs(self.directory, exist_ok=True)  # orbax takes a file for a folder until the first save
+            self.directory.mkdir(parents=True, exist_ok=True)  # orbax takes a file for a folder until the first save
+            for step in _complete(self.directory) if keep.best else ():
+                self._remember(step)
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers=ocp.StandardCheckpointHandler(),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+                handler_registry=registry,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=Policy(keep, self._values), cleanup_tmp_directories=True
+                ),
             )
+
+    def _remember(self, step: int) -> None:
+        try:
+            record = checksums.read(_items(self.directory, step))
+        except checksums.Damaged:
+            return
+        if record is not None and record.metric is not None:
+            self._values[step] = record.metric
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -103,7 +270,7 @@ class Checkpointer:
             finally:
                 self._manager.close()
 
-    def save(self, step: int, state: Any, force: bool = False) -> bool:
+    def save(self, step: int, state: Any, force: bool = False, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts a save when `step` is a multiple of `every`, or forced; never the same step twice.
 
         `state` may be donated as soon as this returns. Raises UserError if this save, or the one before, failed.
@@ -112,6 +279,7 @@ class Checkpointer:
           step: updates done.
           state: pytree of arrays; typed PRNG keys are stored as their words.
           force: save at any step (the last one, a preemption).
+          metrics: of this step, to find the best.
 
         Returns:
           Whether a save was started.
@@ -121,51 +289,41 @@ class Checkpointer:
                 self._manager.wait_until_finished()  # returns at once, and raises what the last save met
             if (step % self.every and not force) or step in self._manager.all_steps():
                 return False
+            self._manager.wait_until_finished()  # orbax would; the handler serves one save at a time
+            self._handler.metric = self.keep.value(metrics or {})
+            if self._handler.metric is not None:
+                self._values[step] = self._handler.metric
             arrays = {name: jax.random.key_data(x) if _is_key(x) else x for name, x in _named(state).items()}
             return self._manager.save(step, args=ocp.args.StandardSave(arrays), force=True)
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
-        """The newest complete checkpoint, on the shardings asked for, or None where there is none.
+        """The newest checkpoint that is whole, on the shardings asked for, or None where there is none.
+
+        Damaged ones that are newer get another name (damaged-STEP) once it is restored.
 
         Args:
-          abstract_state: pytree of jax.ShapeDtypeStruct with shardings (none: the first device), of the structure that
-            was saved. The shardings, and the number of devices, are free to differ from those of the save.
+          abstract_state: see `restore`.
 
         Returns:
-          (state, step). Raises UserError that names each leaf whose path, shape or dtype differs, or the directory of
-          a checkpoint that cannot be read.
+          (state, step). Raises UserError: see `newest_whole` and `restore`.
         """
         with storage_errors(self.directory):
             self._manager.wait_until_finished()
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        path = os.path.join(self.directory, str(step))
-        wanted = {name: _abstract(leaf) for name, leaf in _named(abstract_state).items()}
-        try:
-            stored = dict(self._manager.item_metadata(step).items())
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        differences = [
-            f"{name} is {_show(stored.get(name))} there, {_show(wanted.get(name))} here"
-            for name in wanted | stored
-            if _show(stored.get(name)) != _show(wanted.get(name))
-        ]
-        if differences:
-            raise UserError(
-                f"checkpoint {path} does not fit this configuration: {_some(differences)}; "
-                "use the configuration it was written with, or another --workdir"
-            )
-        try:
-            arrays = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        leaves, structure = jax.tree.flatten(abstract_state)
-        restored = [
-            jax.random.wrap_key_data(arrays[name], impl=_key_impl(leaf)) if _is_key(leaf) else arrays[name]
-            for name, leaf in zip(wanted, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, restored), step
+            step = newest_whole(self.directory)
+            if step is None:
+                return None
+            state = restore(self.directory, step, abstract_state)
+            if damaged := [other for other in self._manager.all_steps() if other > step]:
+                self._set_aside(damaged)
+        return state, step
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps if jax.process_index() == 0 else ():
+            names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
+            free = next(self.directory / name for name in names if not (self.directory / name).exists())
+            (self.directory / str(step)).rename(free)
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
 
 
 class Leaves(NamedTuple):
@@ -187,7 +345,7 @@ def open_leaves(directory: str | os.PathLike, step: int, prefix: str) -> Leaves:
       UserError: (so does `read`) the checkpoint cannot be read.
     """
     absl_logging.get_absl_logger().addFilter(_quiet)
-    path = os.path.join(os.path.abspath(directory), str(step), ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
+    path = _items(directory, step)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
     def read(name: str) -> np.ndarray:
@@ -198,20 +356,14 @@ def open_leaves(directory: str | os.PathLike, step: int, prefix: str) -> Leaves:
         try:
             return reader.restore(path, args=wanted)[full]
         except Exception as error:
-            raise _unreadable(path, error) from error
+            raise _unreadable(str(path), error) from error
 
     try:
         stored = dict(reader.metadata(path).item_metadata.items())
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(str(path), error) from error
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in stored.items() if name.startswith(prefix)}
     return Leaves(shapes, read)
-
-
-def latest_step(directory: str | os.PathLike) -> int | None:
-    """The newest complete checkpoint there, without touching a run that may be writing others; None without any."""
-    steps = ocp.utils.checkpoint_steps(directory) if os.path.isdir(directory) else []
-    return max(steps, default=None)
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
@@ -246,13 +398,47 @@ def write_environment(workdir: str | os.PathLike, environment: Mapping[str, Any]
         write_atomic(Path(workdir) / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
 
-def check_config(workdir: str | os.PathLike, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()) -> None:
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """{dotted field: 'x was 1, now 2'} of two configurations; a tuple equals a list.
+
+    Args:
+      before: nested mapping of JSON values.
+      now: another.
+      defaults: a field that `before` lacks counts as having this value: fields are added by newer versions.
+
+    Raises:
+      ValueError: one of them is no configuration.
+    """
+    try:
+        flat = [
+            traverse_util.flatten_dict(json.loads(json.dumps(one)), sep=".", keep_empty_nodes=False)
+            for one in (before, now, defaults or {})
+        ]
+    except AssertionError as error:
+        raise ValueError(str(error)) from error
+    absent = "(absent)"
+    old = {name: flat[2].get(name, absent) for name in flat[1]} | flat[0]
+    new = dict.fromkeys(flat[0], absent) | flat[1]
+    return {
+        name: f"{name} was {old[name]!r}, now {new[name]!r}" for name in flat[1] | flat[0] if old[name] != new[name]
+    }
+
+
+def check_config(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    may_differ: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses to go on in a workdir whose config.json is another run's. Passes where there is none.
 
     Args:
       workdir: of the run.
       config: nested mapping of JSON values (a tuple equals a list).
       may_differ: dotted fields, or groups of them, that a run may change ('steps', 'eval').
+      defaults: of fields that an older version did not write.
 
     Raises:
       UserError: names the workdir, the first fields that differ, both values and the remedy.
@@ -265,19 +451,27 @@ def check_config(workdir: str | os.PathLike, config: Mapping[str, Any], may_diff
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; choose another --workdir") from error
     try:
-        before = traverse_util.flatten_dict(json.loads(text), sep=".", keep_empty_nodes=False)
-    except (ValueError, AssertionError) as error:
+        before = json.loads(text)
+        differences(before, {})
+    except ValueError as error:
         raise UserError(f"{path} is not a configuration; remove it or choose another --workdir") from error
-    now = traverse_util.flatten_dict(json.loads(json.dumps(config)), sep=".", keep_empty_nodes=False)
-    absent = "(absent)"
-    differences = [
-        f"{name} was {before.get(name, absent)!r}, now {now.get(name, absent)!r}"
-        for name in now | before
-        if before.get(name, absent) != now.get(name, absent)
-        and not any(name == prefix or name.startswith(prefix + ".") for prefix in may_differ)
+    refuse_another(str(workdir), before, config, may_differ, defaults)
+
+
+def refuse_another(
+    place: str,
+    before: Mapping[str, Any],
+    config: Mapping[str, Any],
+    may_differ: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuses to go on with a configuration that differs from `before`, which `place` holds; see `check_config`."""
+    refused = [
+        said
+        for name, said in differences(before, config, defaults).items()
+        if not any(name == prefix or name.startswith(prefix + ".") for prefix in may_differ)
     ]
-    if differences:
+    if refused:
         raise UserError(
-            f"{workdir} holds a run with another configuration: {_some(differences)}; "
-            "choose another --workdir, or remove it"
+            f"{place} holds a run with another configuration: {_some(refused)}; choose another --workdir, or remove it"
         )

@@ -17,8 +17,8 @@ PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 # Fields that may change between a run and its continuation in the same workdir.
 # Those from `mesh` on change how a step is computed, not what.
 MAY_DIFFER = (
-    "stage", "steps", "checkpoint", "eval", "stop_on_gap", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather",
-    "heartbeat_seconds",
+    "stage", "steps", "checkpoint", "eval", "stop_on_gap", "max_bad_steps",
+    "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "heartbeat_seconds",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def default() -> ConfigDict:
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
     c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
+    c.resume = ""  # another run's workdir (or a checkpoint in it) to go on from, where the own workdir has none yet
     c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
     c.remat = "full"  # what the backward pass computes again: full, dots or none (uae_jax.models.REMAT)
@@ -114,7 +115,11 @@ def default() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between (asynchronous) saves; the last step and a stop are always saved
-    c.checkpoint.keep = 2  # how many stay on disk
+    c.checkpoint.keep = 2  # how many of the newest stay on disk; with 1 there is none to fall back on
+    c.checkpoint.keep_every = 0  # those of multiples of so many steps stay too; 0: none for that
+    c.checkpoint.best = ""  # and the one best by this metric, of those whose step has it; "": none for that
+    c.checkpoint.best_mode = "max"  # what is best: max or min
+    c.max_bad_steps = 10  # stop after so many steps in a row whose gradients are not finite; 0: never
 
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
     c.mesh.slice = 1  # slices of a pod, or nodes, joined by a slower network: each has a copy of the weights
@@ -266,6 +271,10 @@ def validate(c: ConfigDict) -> None:
     _require(c.checkpoint.every >= 1, "checkpoint.every", c.checkpoint.every, "must be at least 1")
     _require(c.heartbeat_seconds >= 10, "heartbeat_seconds", c.heartbeat_seconds, "must be at least 10")
     _require(c.checkpoint.keep >= 1, "checkpoint.keep", c.checkpoint.keep, "must be at least 1")
+    _require(c.checkpoint.keep_every >= 0, "checkpoint.keep_every", c.checkpoint.keep_every, "must not be negative")
+    _one_of(c, "checkpoint.best_mode", "max", "min")
+    _require(c.max_bad_steps >= 0, "max_bad_steps", c.max_bad_steps, "must not be negative; 0 never stops")
+    _require(not c.resume or len(stages(c)) == 1, "resume", c.resume, "goes on with one stage: name it in config.stage")
     for field in ("optimizer", *(f"{stage}.optimizer" for stage in STAGES if "optimizer" in c.get(stage, {}))):
         _validate_optimizer(c, field)
     _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
@@ -287,6 +296,11 @@ def validate(c: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.{field} = {pattern!r} is no regular expression: {error}") from None
+
+
+def added_since() -> dict[str, Any]:
+    """The values of fields that an older version's configuration lacks: its runs did what are the defaults now."""
+    return {name: value for name, value in default().to_dict().items() if name != "reward"}  # its fields are names
 
 
 def stages(c: ConfigDict) -> list[str]:

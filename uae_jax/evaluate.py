@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from uae_jax import config as configs
 from uae_jax import reconstruct, runtime
 from uae_jax.errors import UserError
+from uae_jax.printable import printable
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("sources", "", "folder of source pictures", flag_values=FLAGS)
@@ -138,14 +139,15 @@ def unified_bench() -> None:
         result = redrawing.run(sources, model(), towers, out, captions, **settings)
     print(unified_bench.markdown(result), end="")
     for entry in result["missing"]:
-        print(f"failed: {entry['source']}: {entry['reason']}", file=sys.stderr)
+        print(printable(f"failed: {entry['source']}: {entry['reason']}"), file=sys.stderr)
     for path, reason in result["bad_sources"].items():
-        print(f"not scored: source {path}: {reason}", file=sys.stderr)
+        print(printable(f"not scored: source {path}: {reason}"), file=sys.stderr)
     if FLAGS.reconstructions and result["other_size"]:
         n, (first, *_) = len(result["other_size"]), result["other_size"]
         print(
             f"warning: {n} of {len(result['per_image'])} reconstructions have another size than their source "
-            f"({first['source']}: {first['size']}, redrawn {first['reconstruction']}); listed under other_size",
+            f"({printable(first['source'])}: {first['size']}, redrawn {first['reconstruction']}); listed under "
+            "other_size",
             file=sys.stderr,
         )
 

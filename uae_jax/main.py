@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     configs.validate(config)
     place = explicit_place()
     runtime.prepare()
+    if "://" in FLAGS.workdir:
+        raise UserError(f"--workdir={FLAGS.workdir}: files there grow: mount the bucket, and name its folder")
     workdir = Path(FLAGS.workdir or Path("runs") / Path(config_flags.get_config_filename(FLAGS["config"])).stem)
     with runtime.joined(place, config.heartbeat_seconds):
         from uae_jax import train  # only now: jax reads its environment when it is imported

@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from uae_jax.pictures import encode_png, save_png
+from uae_jax.printable import printable
 from uae_jax.storage import close_at_exit, storage_errors, write_atomic
 
 _FLUSH_SECONDS = 10.0  # TensorBoard's file; each flush waits for the disk
@@ -115,8 +116,8 @@ class Writer:
             self._lines = open(lines, "a", encoding="utf-8")  # noqa: SIM115
         with storage_errors(board):
             # Written in this thread: the queue of tensorboardX's own SummaryWriter blocks for ever on a full disk.
-            # The suffix keeps a second writer in the same second from overwriting the file of the first.
-            self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
+            # TensorBoard reads files in the order of their names, which would otherwise be that of the clock.
+            self._board = EventsWriter(str(board / f"events.{len(list(board.iterdir())):06d}"))
             # TensorBoard hides what earlier files hold from this step on.
             start = Event(session_log=SessionLog(status=SessionLog.START), step=self._step + 1 if self._step else 0)
             self._board.write_event(start)
@@ -174,6 +175,9 @@ class Writer:
         """Keeps arrays (of numbers or texts) as samples/{name}_{step:06d}.npz."""
         if not self.active:
             return
+        pickled = [name for name, value in arrays.items() if np.asarray(value).dtype.hasobject]
+        if pickled:
+            raise ValueError(f"{name}: {', '.join(pickled)} would be written as pickles")
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_atomic(self.workdir / "samples" / f"{name}_{step:06d}.npz", buffer.getvalue())
@@ -181,7 +185,7 @@ class Writer:
     def message(self, text: str) -> None:
         """Prints a line, above the live display where there is one."""
         if self.active:
-            self.console.print(Text(text), soft_wrap=True)
+            self.console.print(Text(printable(text)), soft_wrap=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is left-aligned, the others right."""
@@ -191,7 +195,7 @@ class Writer:
         for i, name in enumerate(header):
             table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_row(*(Text(printable(str(cell))) for cell in row))
         self.console.print(table)
 
     def _summary(self, step: int, values: list[Any]) -> None:
@@ -241,4 +245,4 @@ class Writer:
             spec = next(iter(self.columns.values()))[1]
             line = f"{labels[0]} {format(low, spec)} {sparkline(self._curve)} {format(high, spec)}"
             parts.append(Text(line, style="green"))
-        return Panel(Group(*parts), title=Text(str(self.workdir)), title_align="left", expand=False)
+        return Panel(Group(*parts), title=Text(printable(str(self.workdir))), title_align="left", expand=False)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from uae_jax.printable import printable
 from uae_jax.storage import write_atomic
 
 _FONT, _LINE, _PAD = 13, 17, 6  # text height, line height, margin: pixels
@@ -32,7 +33,7 @@ def wrap(text: str, font: Any, width: int) -> list[str]:
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
-        for word in paragraph.split():
+        for word in printable(paragraph).split():
             candidate = f"{line} {word}" if line else word
             if font.getlength(candidate) <= width:
                 line = candidate

@@ -26,6 +26,7 @@ from ml_collections import config_flags
 from uae_jax import config as configs
 from uae_jax import runtime
 from uae_jax.errors import UserError
+from uae_jax.printable import printable
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "", "of a training run: its config and newest checkpoint are used", flag_values=FLAGS)
@@ -77,10 +78,10 @@ def load_run(config: Any, workdir: Path | None, mesh: Any) -> tuple[Any, Any, in
     built = system.load(config, mesh)
     if workdir is not None and (workdir / "checkpoints").is_dir():
         state, _ = rl.start(config, built)
-        with checkpoint.Checkpointer(workdir / "checkpoints", every=1) as saver:
-            restored = saver.restore_latest(checkpoint.abstract(sharding.place(state, mesh, built.rules)))
-        if restored is not None:
-            return built, restored[0].params, restored[1]
+        step = checkpoint.newest_whole(workdir / "checkpoints")  # reading only: the run may be going on
+        if step is not None:
+            wanted = checkpoint.abstract(sharding.place(state, mesh, built.rules))
+            return built, checkpoint.restore(workdir / "checkpoints", step, wanted).params, step
     return built, STARTING_WEIGHTS, 0
 
 
@@ -120,7 +121,7 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
             arrays.append(images.fit(images.load_image(path), config.data.image_size))
             usable.append(path)
         except images.BadImage as error:
-            print(f"skipped {error}", file=sys.stderr)
+            print(f"skipped {printable(str(error))}", file=sys.stderr)
     if not usable:
         raise UserError(f"none of the {len(paths)} files is a usable image")
     config.eval.batch_size = len(jax.devices()) * -(-len(usable) // len(jax.devices()))
@@ -133,13 +134,13 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
     print(f"weights of step {step}")
     for i, text in enumerate(decode_captions(built.tokenizer, tokens, mask)):
         scores = "  ".join(f"{name} {values[i]:.3f}" for name, values in drawn["towers"].items())
-        print(f"{usable[i]}\n  {text}\n  {scores}")
+        print(f"{printable(usable[i])}\n  {printable(text)}\n  {scores}")
         rows.append([arrays[i], drawn["image"][i]])
         captions.append([Path(usable[i]).name, f"{scores}  {text}"])
     sheet = pictures.grid(rows, captions, ["source", "redrawn"], scale=max(1, 192 // config.data.image_size))
     with storage.storage_errors(out):
         pictures.save_png(out, sheet)
-    print(f"wrote {out}")
+    print(f"wrote {printable(str(out))}")
 
 
 def draw_prompts(
@@ -178,7 +179,7 @@ def draw_prompts(
         texts = [values["prompt"] for values in prompts]
         draw, by = from_text.by_system(config, built, params, mesh, texts), f"weights of step {step}"
     from_text.write(draw, prompts, out, samples, config.eval.batch_size, config.seed if seed is None else seed)
-    print(f"{by}: wrote {samples} x {len(prompts)} pictures to {out}")
+    print(printable(f"{by}: wrote {samples} x {len(prompts)} pictures to {out}"))
 
 
 USAGE = "usage: python -m uae_jax.reconstruct --workdir=DIR|--config=FILE IMAGE... or --from_text=FILE [--baseline=DIR]"

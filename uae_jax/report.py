@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from uae_jax import gap, pictures, runtime, storage
+from uae_jax import gap, pictures, printable, runtime, storage
 from uae_jax.bench import scores
 from uae_jax.bench.scores import Scores
 from uae_jax.errors import UserError
@@ -64,7 +64,7 @@ def table(runs: list[Run]) -> str:
     for name, row in zip(after, scores.table(before, after), strict=True):
         if len(runs) > 1:
             row.append(" ".join(moved(run, name) for run in runs))
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(map(printable.markdown, row))} |")
     return "\n".join(lines) + "\n"
 
 

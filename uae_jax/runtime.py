@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
+from uae_jax.printable import printable
 
 
 def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
@@ -85,6 +86,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _OneLine(logging.Formatter):
+    """Messages may name files of the data."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def prepare() -> None:
     """Prepares the process before jax is imported: memory allocation, compilation cache, quiet logs."""
     keep_memory()
@@ -92,7 +100,9 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
 
 
@@ -208,7 +218,7 @@ def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         main(arguments)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         # At once: threads of a checkpoint that the disk refused would add their tracebacks on the way out.
         sys.stdout.flush()
         os._exit(2)

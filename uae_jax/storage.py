@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
+
 from uae_jax.errors import UserError
 
 _FIXABLE = (
@@ -77,6 +79,28 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def only_user(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds a folder, which is made where missing, for one process: by a lock that ends with the process, however.
+
+    Raises:
+      UserError: another process holds it, or the disk refuses.
+    """
+    lock = filelock.FileLock(Path(folder) / ".lock")
+    with storage_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(
+                f"{folder} is in use by another run: wait for its end, or choose another --workdir"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

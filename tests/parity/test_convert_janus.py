@@ -281,8 +281,8 @@ def test_pickles_are_turned_by_the_command_that_is_named(deepseek, tmp_path):
     with pytest.raises(UserError, match="pickles only") as caught:
         folder.open_model(deepseek)
     assert "\n" not in str(caught.value)
-    code = re.search(r'python -c "(.*)"$', str(caught.value))[1]
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code, folder_named = re.search(r'python -c "(.*)" (\S+)$', str(caught.value)).groups()
+    subprocess.run([sys.executable, "-c", code, folder_named], check=True)
     folder.open_model(deepseek)
     after, before = load_file(deepseek / "model.safetensors"), load_file(tmp_path / "before.safetensors")
     assert after.keys() == before.keys() and all(np.array_equal(after[name], before[name]) for name in before)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uae_jax import storage
+from uae_jax import printable, storage
 from uae_jax.bench import judges, scores
 from uae_jax.data import images
 from uae_jax.errors import UserError
@@ -132,7 +132,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [f"| judge | win rate | 95% interval | {' | '.join(OUTCOMES)} |", "|---" * (3 + len(OUTCOMES)) + "|"]
     for name, found in result["by_judge"].items():
         mean, low, high = ("-" if x is None else f"{x:.1f}" for x in found["win_rate"].values())
-        lines.append(f"| {name} | {mean} | {low} to {high} | {' | '.join(str(found[k]) for k in OUTCOMES)} |")
+        lines.append(
+            f"| {printable.markdown(name)} | {mean} | {low} to {high} | {' | '.join(str(found[k]) for k in OUTCOMES)} |"
+        )
     mean = result["average"]
     lines += ["", f"Average over judges: {'-' if mean is None else f'{mean:.1f}'}"]
     return "\n".join(lines) + "\n"

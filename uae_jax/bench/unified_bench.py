@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from uae_jax import pixels, rewards, storage
+from uae_jax import pixels, printable, rewards, storage
 from uae_jax.bench import pairing, scores
 from uae_jax.convert import folder
 from uae_jax.data import images
@@ -293,7 +293,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         return "-" if value is None else f"{value:.2f}"
 
     def line(name: str, mean: float | None, ends: Sequence[float | None], n: int | str) -> str:
-        return f"| {name} | {number(mean)} | {number(ends[0])} to {number(ends[1])} | {n} |"
+        return f"| {printable.markdown(name)} | {number(mean)} | {number(ends[0])} to {number(ends[1])} | {n} |"
 
     lines = ["| tower | score | 95% interval | images |", "|---|---|---|---|"]
     lines += [line(name, v["mean"], (v["low"], v["high"]), v["n"]) for name, v in result["by_tower"].items()]
@@ -301,17 +301,25 @@ def markdown(result: Mapping[str, Any]) -> str:
     controls = {name: v for name, v in result["controls"].items() if "overall" in v}
     if controls:
         towers = list(result["by_tower"])
-        lines += ["", f"| control | overall | 95% interval | {' | '.join(towers)} |", "|---" * (3 + len(towers)) + "|"]
+        lines += [
+            "",
+            f"| control | overall | 95% interval | {' | '.join(map(printable.markdown, towers))} |",
+            "|---" * (3 + len(towers)) + "|",
+        ]
         for name, v in controls.items():
             low, high = v["overall_interval"]
             means = " | ".join(number(v["by_tower"][tower]["mean"]) for tower in towers)
-            lines.append(f"| {name} | {number(v['overall'])} | {number(low)} to {number(high)} | {means} |")
+            lines.append(
+                f"| {printable.markdown(name)} | {number(v['overall'])} | {number(low)} to {number(high)} | {means} |"
+            )
     for key, title in (("difference", "difference"), ("difference_at_same_length", "at the same caption length")):
         if key in result.get("against", {}):
             lines += ["", f"| {title} | points | 95% interval (paired) |", "|---|---|---|"]
             for name, moved in result["against"][key].items():
                 v = moved or {"mean": None, "low": None, "high": None}
-                lines.append(f"| {name} | {number(v['mean'])} | {number(v['low'])} to {number(v['high'])} |")
+                lines.append(
+                    f"| {printable.markdown(name)} | {number(v['mean'])} | {number(v['low'])} to {number(v['high'])} |"
+                )
     counts = ", ".join(f"{len(result[k])} {k}" for k in LISTED)
     return "\n".join([*lines, "", f"Files: {counts}."]) + "\n"
 

@@ -55,7 +55,7 @@ def export(source: Path, target: Path, adapter: bool, whole: bool = False) -> st
     if "weights" not in raw:
         raise UserError(f"{source} is neither a model's folder, a folder of weights, nor the workdir of a run")
     config = load_config(source)
-    step = checkpoint.latest_step(source / "checkpoints")
+    step = checkpoint.newest_whole(source / "checkpoints")
     if source.name == "decoder" and "decoder" in config:
         return _export_decoder(source, target, config, step, adapter, whole)
     if whole and step is None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,14 +73,14 @@ def read_headers(folder: Path) -> Headers:
         suffix = Path(pickles[0]).suffix
         # Tensors that share memory are refused by safetensors: they are cloned.
         command = (
-            "import glob, torch; from safetensors.torch import save_file; x = {}; "
-            f"[x.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob('{folder}/*{suffix}')]; "
+            "import glob, sys, torch; from safetensors.torch import save_file; x = {}; "
+            f"[x.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob(sys.argv[1] + '/*{suffix}')]; "
             "save_file({k: v.contiguous().clone() for k, v in x.items()}, "
-            f"'{folder}/model.safetensors', {{'format': 'pt'}})"
+            "sys.argv[1] + '/model.safetensors', {'format': 'pt'})"
         )
         raise UserError(
             f"{folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which are never read: "
-            f'where torch is installed, run python -c "{command}"'
+            f'where torch is installed, run python -c "{command}" {shlex.quote(str(folder))}'
         )
     raise UserError(f"{folder / 'model.safetensors'} is missing, and model.safetensors.index.json too")
 
@@ -88,8 +89,11 @@ def _read_shards(folder: Path, index: Path) -> tuple[dict[str, Header], list[str
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not an index of safetensors: copy it again") from None
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it: do not use this folder")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} missing, though {index.name} names it: download it again")

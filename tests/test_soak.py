@@ -1,0 +1,63 @@
+"""A long run in one process: memory stays flat, no file handle leaks, nothing is compiled after the first steps.
+
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest -n 0 -s --run-slow tests/test_soak.py -k 2000
+"""
+
+import gc
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+from tests import tiny
+from uae_jax import train
+from uae_jax.metrics import Writer
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event a program, from the persistent cache or not
+FLAT = 2000  # bytes a step: ten thousand steps then cost 20 MB
+SETTLED = 0.25  # share of the run after which memory is expected to stay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [50, 2000])
+def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
+    process = psutil.Process()
+    memory, handles, compiled, arrays = [], [], [], []
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: events.append(event) if event == COMPILED else None
+    )
+    write = Writer.write
+
+    def measured(self, step, metrics):
+        write(self, step, metrics)
+        gc.collect()
+        memory.append(process.memory_info().rss)
+        handles.append(process.num_fds())
+        compiled.append(len(events))
+        arrays.append(len(jax.live_arrays()))
+
+    monkeypatch.setattr(Writer, "write", measured)
+    config = tiny.config(
+        weights, steps=steps, eval__enabled=True, eval__every=10, eval__batch_size=4, eval__pictures=2,
+        checkpoint__every=10,
+    )  # fmt: skip
+    train.run(config, Path(tmp_path))
+    assert len(memory) == steps
+
+    start = int(SETTLED * steps)
+    settled = np.asarray(memory[start:], float)
+    slope = np.polyfit(np.arange(len(settled)), settled, 1)[0]
+    mib = [memory[at] / 2**20 for at in (0, start, -1)]
+    print(f"{steps} steps: {mib[0]:.0f} MiB after the first, {mib[1]:.0f} after {start + 1}, {mib[2]:.0f} at the end")
+    print(f"slope {slope:.0f} bytes a step; handles {handles[start]}, {handles[-1]} at the end, {max(handles)} at most")
+    print(f"programs: {compiled[0]} after the first step, {compiled[-1]} at the end")
+    # The first evaluation (step 10) and the first save have seen everything that there is to compile.
+    assert compiled[-1] == compiled[20], "something was compiled again"
+    assert compiled[8] == compiled[0], "the step itself was compiled again"
+    assert max(handles[start:]) <= max(handles[: start + 1]) + 2
+    assert max(arrays[start:]) <= max(arrays[: start + 1])
+    if steps >= 1000:  # a slope over less is noise
+        assert slope < FLAT
