@@ -2,22 +2,23 @@
 
 import collections
 import concurrent.futures
+import functools
 import logging
 import os
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from uae_jax.data import images
+from uae_jax.data import images, records
+from uae_jax.data.order import Bad, Order, Tally, first_usable
 from uae_jax.data.shapes import render, scene
 from uae_jax.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 KEEP_BYTES = 2 << 30
 AHEAD = 2  # batches
+THREADS = min(8, os.cpu_count() or 1)  # that decode the pictures of a batch
 
 
 class Source(Protocol):
@@ -45,68 +46,52 @@ class ShapesSource:
         return {"image": render.render(drawn, self._image_size), "scene": drawn}
 
 
-class FolderSource:
-    """The images below a folder, sorted by path, each decoded once at construction.
+class Pictures:
+    """The pictures of a source of records as squares, decoded when they are read.
 
-    Broken ones are skipped, with a warning each. The fitted arrays stay in memory if they take less than 2 GiB;
-    otherwise files are decoded again at each access.
+    They stay in memory if all of them take less than 2 GiB and are cropped alike each time.
 
-    Attributes:
-      paths: the usable files, item by item.
-      skipped: {path: reason} of the others.
-
-    Raises:
-      UserError: no such folder, no image files in it, or none that is usable.
+    Args:
+      pairs: the records.
+      size: pixels a side.
+      how: see `images.fit`.
+      limits: of the files.
+      seed: of random crops.
     """
 
-    def __init__(self, path: str | os.PathLike[str], image_size: int):
-        root = pathlib.Path(path)
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder")
-        seen = [p for p in root.rglob("*") if p.is_file()]
-        files = sorted(p for p in seen if p.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise UserError(f"no images in {root}: none of {len(seen)} files ends in {', '.join(EXTENSIONS)}")
-        self._image_size = image_size
-        keep = len(files) * image_size * image_size * 3 < KEEP_BYTES
-        self.paths: list[pathlib.Path] = []
-        self.skipped: dict[pathlib.Path, str] = {}
-        self._arrays: list[np.ndarray] = []
+    def __init__(
+        self,
+        pairs: records.Pairs,
+        size: int,
+        how: str = "crop",
+        limits: images.Limits = images.LIMITS,
+        seed: int = 0,
+    ):
+        self.pairs, self._size, self._how, self._limits, self._seed = pairs, size, how, limits, seed
+        self._keep = how != "random_crop" and len(pairs) * size * size * 3 < KEEP_BYTES
+        self._kept: dict[int, np.ndarray] = {}
 
-        def attempt(file: pathlib.Path) -> np.ndarray | images.BadImage:
-            try:
-                return self._decode(file)
-            except images.BadImage as error:
-                return error
-
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for file, result in zip(files, pool.map(attempt, files), strict=True):
-                if isinstance(result, images.BadImage):
-                    logging.warning("skipped %s", result)
-                    self.skipped[file] = result.reason
-                else:
-                    self.paths.append(file)
-                    if keep:
-                        self._arrays.append(result)
-        if not self.paths:
-            reasons = [f"{file.name} ({reason})" for file, reason in self.skipped.items()]
-            more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-            raise UserError(f"none of the {len(files)} images in {root} is usable: {'; '.join(reasons[:5])}{more}")
-        if self.skipped:
-            logging.warning("%s: %d of %d images skipped", root, len(self.skipped), len(files))
-
-    def _decode(self, file: pathlib.Path) -> np.ndarray:
-        return images.fit(images.load_image(file), self._image_size)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_keep": False, "_kept": {}}  # each worker process would hold a copy
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [S, S, 3], "path": Path}. Raises BadImage if a file has changed and no longer decodes."""
-        if not 0 <= index < len(self.paths):
-            raise IndexError(f"index {index} outside 0..{len(self.paths) - 1}")
-        path = self.paths[index]
-        return {"image": self._arrays[index] if self._arrays else self._decode(path), "path": path}
+        """{"image": uint8 [S, S, 3]}, random crops at the centre. Raises BadImage where it cannot be read."""
+        return {"image": self.picture(index)}
+
+    def picture(self, index: int, position: int | None = None) -> np.ndarray:
+        """uint8 [S, S, 3]; `position` among all that are ever read decides a random crop."""
+        if not 0 <= index < len(self.pairs):
+            raise IndexError(f"index {index} outside 0..{len(self.pairs) - 1}")
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        rng = None if position is None else np.random.default_rng([self._seed, 2, position])
+        image = records.picture(self.pairs[index], self._size, self._how, self._limits, rng)
+        if self._keep:
+            self._kept[index] = image
+        return image
 
 
 def split(source: Source, held_out: int) -> tuple[list[int], list[int]]:
@@ -126,43 +111,115 @@ def split(source: Source, held_out: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(n)) - set(held)), held
 
 
-def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless dataset whose item `ds[step]` is the batch of that step, a pure function of (seed, step).
+class Batches:
+    """Endless batches, `batches[step]` a pure function of (seed, step); rows are records in the order of `order`.
 
-    Each epoch is shuffled differently and covers every index once; epochs follow each other without a gap, so batches
-    are always full, even when there are fewer indices than a batch holds.
+    Items: {"image": uint8 [b, S, S, 3], "index": int32 [b]}, the latter being positions in `source`. A picture that
+    cannot be read is replaced by the next in its group that can.
 
-    Returns:
-      Items {"image": uint8 [b, S, S, 3], "index": int32 [b]}, the latter being positions in `source`.
+    Args:
+      source: of the images.
+      order: in which they are read.
+      batch_size: rows of the batch of all processes.
+      tally: counts the bad ones of what `prefetch` reads.
+      rows: of each batch that are read, and b their number: a process's part; None: all.
 
     Raises:
-      UserError: there are no indices, or the batch is empty.
+      UserError: the batch is empty.
     """
-    if not len(indices) or batch_size < 1:
-        raise UserError(f"cannot make batches of {batch_size} from {len(indices)} images")
-    positions = np.asarray(indices, np.int32)
 
-    def read(i: int) -> dict[str, np.ndarray]:
-        return {"image": source[int(positions[i])]["image"], "index": positions[i]}
+    def __init__(
+        self, source: Source, order: Order, batch_size: int, tally: Tally | None = None, rows: range | None = None
+    ):
+        if batch_size < 1:
+            raise UserError(f"cannot make batches of {batch_size}")
+        self._source, self._order, self._batch_size, self.tally = source, order, batch_size, tally
+        self._rows = range(batch_size) if rows is None else rows
 
-    # grain shuffles epoch e with seed + e: mixing the seed first keeps run 1 from being run 0 an epoch later.
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(positions)).shuffle(seed=mixed).repeat()
-    return order.map(read).batch(batch_size)
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.read(step)[0]
+
+    def read(self, step: int) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """The batch of a step, and the records that had to be skipped for it."""
+
+        def row(number: int) -> tuple[tuple[np.ndarray, int], list[Bad]]:
+            position = step * self._batch_size + number
+
+            def image(index: int) -> tuple[np.ndarray, int]:
+                if isinstance(self._source, Pictures):
+                    return self._source.picture(index, position), index
+                return self._source[index]["image"], index
+
+            return first_usable(self._order, position, image)
+
+        if isinstance(self._source, Pictures):  # decoders let other threads run
+            with concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="prefetch") as pool:
+                rows = list(pool.map(row, self._rows))
+        else:
+            rows = [row(number) for number in self._rows]
+        batch = {
+            "image": np.stack([image for (image, _), _ in rows]),
+            "index": np.array([index for (_, index), _ in rows], np.int32),
+        }
+        return batch, [bad for _, found in rows for bad in found]
 
 
-def prefetch(ds: grain.MapDataset, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int, rows: range | None = None) -> Batches:
+    """`Batches` of the images at `indices`: each epoch is shuffled differently and covers every index once.
+
+    Epochs follow each other without a gap, so batches are always full, even when there are fewer indices than a batch
+    holds. Raises UserError where there are no indices, or the batch is empty.
+    """
+    return Batches(source, Order([indices], [1.0], seed), batch_size, rows=rows)
+
+
+def _read(ds: Any, step: int) -> tuple[dict[str, Any], list[Bad]]:
+    return ds.read(step) if hasattr(ds, "read") else (ds[step], [])
+
+
+def prefetch(
+    ds: Any, start: int, stop: int, workers: int = 0, place: Callable[[dict[str, Any]], dict[str, Any]] = lambda x: x
+) -> Iterator[dict[str, Any]]:
     """Yields ds[start], ..., ds[stop - 1], read by a thread that stays 2 batches ahead.
 
-    An error while reading is raised at its step. Closing the generator, or an error, ends the thread.
+    An error while reading is raised at its step. Closing the generator, or an error, ends the thread and the workers.
+
+    Args:
+      ds: batches by step; those with `read` and `tally` (see `Batches`) have what they skip counted.
+      workers: processes that read and decode in its place, whole batches in turn; 0: none.
+      place: what the thread does to each batch: puts it on the devices.
+
+    Raises:
+      UserError: more records are bad than the tally allows.
     """
+    if start >= stop:
+        return
+    tally: Tally | None = getattr(ds, "tally", None)
+    if workers:
+        steps = grain.MapDataset.range(start, stop).map(functools.partial(_read, ds))
+        dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        ready = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+
+        def read(step: int) -> tuple[dict[str, Any], list[Bad]]:
+            batch, bad = next(ready)
+            return place(batch), bad
+    else:
+
+        def read(step: int) -> tuple[dict[str, Any], list[Bad]]:
+            batch, bad = _read(ds, step)
+            return place(batch), bad
+
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    pending = collections.deque(pool.submit(ds.__getitem__, step) for step in range(start, min(start + AHEAD, stop)))
+    pending = collections.deque(pool.submit(read, step) for step in range(start, min(start + AHEAD, stop)))
     try:
         for step in range(start, stop):
-            batch = pending.popleft().result()
+            batch, bad = pending.popleft().result()
+            if tally is not None:
+                tally.add(bad)
             if step + AHEAD < stop:
-                pending.append(pool.submit(ds.__getitem__, step + AHEAD))
+                pending.append(pool.submit(read, step + AHEAD))
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if workers:
+            ready.close()
