@@ -59,9 +59,15 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             history = read(workdir) if first else []
             at, why = first, program.watch(history)[1] if history else None
             last = time.monotonic()
-            batches = sources.prefetch(program.batches, first, first if why else program.steps)
+            batches = sources.prefetch(
+                program.batches,
+                first,
+                first if why else program.steps,
+                config.data.workers,
+                lambda batch: sharding.place_batch(batch, mesh),
+            )
             for at, batch in enumerate(batches, first + 1):
-                state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
+                state, metrics = compiled(state, frozen, batch)
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
                 now = time.monotonic()
                 images, tokens = len(next(iter(batch.values()))), metrics.pop("caption/tokens", None)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,23 @@ class Pictures:
         return image
 
 
-def split(source: Source, held_out: int) -> tuple[list[int], list[int]]:
+def open_pictures(config: Any) -> tuple[Pictures, list[list[int]], list[float], Tally]:
+    """What `config.data` names: the pictures, their indices part by part, the parts' weights, and a count of bad ones.
+
+    Raises:
+      UserError: see `records.open_source`.
+    """
+    data = config.data
+    parts, weights = records.open_all(data)
+    pairs = parts[0] if len(parts) == 1 else records.Joined(parts)
+    limits = images.Limits(data.max_bytes, data.max_pixels)
+    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    groups = [list(range(first, last)) for first, last in itertools.pairwise(ends)]
+    pictures = Pictures(pairs, data.image_size, data.fit, limits, config.seed)
+    return pictures, groups, weights, Tally(len(pairs), data.max_bad_fraction)
+
+
+def split(source: Sequence[Any] | Source, held_out: int) -> tuple[list[int], list[int]]:
     """Indices to train on and indices held out, disjoint when there are at least 4 images.
 
     Every k-th image is held out, `held_out` in all but at most a quarter (and at least one). With fewer than 4 images
