@@ -11,6 +11,10 @@ from configs import sd3_5_decoder, tiny, tiny_ar_coldstart, tiny_coldstart
 from uae_jax import config as base
 from uae_jax.errors import UserError
 
+MIXTURE = {
+    "data.source": "mixture",
+    "data.mixture": ConfigDict({"a": {"source": "folder", "path": "pictures", "weight": 2.0}}),
+}
 PAIRS = {"data.source": "jsonl", "data.path": "pairs.jsonl", "stage": "decoder", "decoder": base.decoder()}
 # What is wrong, and the field that the message must name.
 WRONG = [
@@ -71,8 +75,21 @@ WRONG = [
     ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
     ({"optimizer.max_grad_norm": 0.0}, "optimizer.max_grad_norm"),
-    ({"data.source": "jsonl"}, "data.source"),
-    ({"data.source": "jsonl", "stage": "decoder"}, "stage"),
+    ({"data.source": "jsonl"}, "data.path"),
+    ({"data.source": "jsonl", "data.path": "x", "stage": "tower"}, "data.source"),
+    ({"data.source": "jsonl", "data.path": "x", "stage": "decoder"}, "stage"),
+    ({"data.fit": "zoom"}, "data.fit"),
+    ({"data.decoder": "opencv"}, "data.decoder"),
+    ({"data.max_bad_fraction": 1.5}, "data.max_bad_fraction"),
+    ({"data.workers": -1}, "data.workers"),
+    ({"data.max_bytes": 0}, "data.max_bytes"),
+    ({"data.source": "mixture"}, "data.mixture"),
+    (MIXTURE | {"data.mixture": ConfigDict({"a": {"source": "folder"}})}, "data.mixture.a"),
+    (MIXTURE | {"data.mixture.a.source": "shapes"}, "data.mixture.a.source"),
+    (MIXTURE | {"data.mixture.a.path": ""}, "data.mixture.a.path"),
+    (MIXTURE | {"data.mixture.a.weight": 0.0}, "data.mixture.a.weight"),
+    (PAIRS | {"decoder": ConfigDict({"steps": 1})}, "decoder"),
+    (PAIRS | {"decoder.latents": "kept", "data.fit": "random_crop"}, "data.fit"),
     (PAIRS | {"decoder.steps": 0}, "decoder.steps"),
     (PAIRS | {"decoder.dropout": 1.0}, "decoder.dropout"),
     (PAIRS | {"decoder.ema": -0.1}, "decoder.ema"),
@@ -83,7 +100,7 @@ WRONG = [
     (PAIRS | {"decoder.lora.alpha": 0.0}, "decoder.lora.alpha"),
     (PAIRS | {"decoder.lora.target": "*"}, "decoder.lora.target"),
 ]
-RULES = ("validate", "_validate_optimizer", "_validate_pairs")
+RULES = ("validate", "_validate_optimizer", "_validate_pairs", "_validate_data")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
@@ -96,6 +113,8 @@ RIGHT = [
     {"data.source": "folder", "data.path": "/pictures"},
     {"optimizer.learning_rate": 0.0},
     PAIRS,
+    MIXTURE,
+    {"data.source": "tfds", "data.path": "coco_captions"},
 ]
 
 
@@ -127,7 +146,13 @@ def failure(changes) -> tuple[str, set[int]]:
 def test_a_wrong_value_is_named_with_its_remedy(changes, field):
     message, _ = failure(changes)
     value = list(changes.values())[-1]
-    shown = "''" if field in ("data.path",) or value == "tower," else "{}" if field == "reward" else repr(value)
+    shown = (
+        "''"
+        if field in ("data.path", "data.mixture.a.path") or value == "tower,"
+        else "{}"
+        if field in ("reward", "data.mixture")
+        else repr(value)
+    )
     assert message.startswith(f"config.{field} = {shown}") and "\n" not in message
     assert len(message.split(": ", 1)[1].split()) > 1
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from uae_jax.data import images, sources
+from uae_jax.data import images, records, sources
 from uae_jax.data.shapes import render, scene
 from uae_jax.errors import UserError
 
@@ -119,7 +119,7 @@ def test_broken_files_raise_bad_image(tmp_path):
     for name in [*broken(tmp_path), "missing.png"]:
         with pytest.raises(images.BadImage) as caught:
             images.load_image(tmp_path / name)
-        assert caught.value.path == tmp_path / name and caught.value.reason
+        assert caught.value.path == str(tmp_path / name) and caught.value.reason
         assert name in str(caught.value) and "\n" not in str(caught.value)
         assert isinstance(caught.value, UserError)
 
@@ -177,51 +177,50 @@ def test_shapes_source():
             source[i]
 
 
-def test_folder_source_lists_sorted_and_skips_broken(tmp_path, caplog):
+def test_a_folder_is_listed_sorted_and_its_pictures_are_read(tmp_path):
     (tmp_path / "sub").mkdir()
-    bad = broken(tmp_path)
     good = ["B.JPG", "a.jpeg", "sub/c.PNG", "sub/d.gif", "z.bmp"]
     for i, name in enumerate(good):
         write(tmp_path / name, np.full((20, 30, 3), 40 * i, np.uint8))
     (tmp_path / "notes.txt").write_text("no picture")
-    with caplog.at_level(logging.WARNING):
-        source = sources.FolderSource(tmp_path, 24)
-    assert source.paths == sorted(tmp_path / name for name in good) and len(source) == 5
-    assert set(source.skipped) == {tmp_path / name for name in bad} and all(source.skipped.values())
-    for name in bad:
-        assert sum(name in record.getMessage() for record in caplog.records) == 1
-    assert "5 of 10 images skipped" in caplog.text and "notes" not in caplog.text
-    for i, path in enumerate(source.paths):
+    found = records.read_folder(tmp_path)
+    assert [pair.name for pair in found] == sorted(good) and {pair.caption for pair in found} == {""}
+    source = sources.Pictures(found, 24)
+    for i, pair in enumerate(found):
         item = source[i]
-        assert item["path"] == path and item["image"].shape == (24, 24, 3) and item["image"].dtype == np.uint8
-        np.testing.assert_allclose(item["image"], 40 * good.index(str(path.relative_to(tmp_path))), atol=3)
+        assert item["image"].shape == (24, 24, 3) and item["image"].dtype == np.uint8
+        np.testing.assert_allclose(item["image"], 40 * good.index(pair.name), atol=3)
+    for i in (-1, 5):
+        with pytest.raises(IndexError):
+            source[i]
 
 
-def test_folder_source_reads_lazily_when_large(tmp_path, monkeypatch):
-    folder(tmp_path, 4)
-    eager = sources.FolderSource(tmp_path, 24)
+def test_pictures_stay_in_memory_while_they_are_few(tmp_path, monkeypatch):
+    found = records.read_folder(folder(tmp_path, 4))
+    eager = sources.Pictures(found, 24)
     monkeypatch.setattr(sources, "KEEP_BYTES", 4 * 24 * 24 * 3)
-    lazy = sources.FolderSource(tmp_path, 24)
+    lazy = sources.Pictures(found, 24)
     for i in range(4):
         np.testing.assert_array_equal(eager[i]["image"], lazy[i]["image"])
-    eager.paths[2].unlink()
+    found[2].image.unlink()
     eager[2]  # kept in memory
     with pytest.raises(images.BadImage, match=r"02\.png"):
         lazy[2]
 
 
-def test_folder_source_errors(tmp_path):
+def test_what_is_no_folder_of_pictures(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
-        sources.FolderSource(tmp_path / "nowhere", 24)
+        records.read_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="none of 0 files"):
-        sources.FolderSource(tmp_path, 24)
+        records.read_folder(tmp_path)
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match="none of 1 files"):
-        sources.FolderSource(tmp_path, 24)
+        records.read_folder(tmp_path)
     for i in range(7):
         (tmp_path / f"{i}.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"none of the 7 images .*0\.png \(not an image\).* and 2 more") as caught:
-        sources.FolderSource(tmp_path, 24)
+    source = sources.Pictures(records.read_folder(tmp_path), 24)
+    with pytest.raises(UserError, match=r"none of the 7 pictures .*\.png \(not an image\).* and 2 more") as caught:
+        sources.batches(source, range(7), 2, seed=0)[0]
     assert "\n" not in str(caught.value)
 
 

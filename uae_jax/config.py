@@ -167,7 +167,10 @@ def _validate_pairs(c: ConfigDict) -> None:
     d = c.decoder
     _require("latents" in d, "decoder", d, "is a cold start's; take uae_jax.config.decoder(), as sd3_5_decoder.py")
     _require(
-        not d.latents or c.data.fit != "random_crop", "data.fit", c.data.fit, "config.decoder.latents keeps one crop each"
+        not d.latents or c.data.fit != "random_crop",
+        "data.fit",
+        c.data.fit,
+        "config.decoder.latents keeps one crop each",
     )
     for field in ("steps", "batch_size", "max_tokens"):
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")

@@ -11,7 +11,10 @@ from uae_jax import config as configs
 from uae_jax import sharding, train
 from uae_jax.convert import __main__ as convert
 from uae_jax.convert import folder, pooled
-from uae_jax.data.pairs import PairBatches, read_pairs
+from uae_jax.data.order import Order
+from uae_jax.data.pairs import PairBatches
+from uae_jax.data.records import read_pairs
+from uae_jax.data.sources import Pictures
 from uae_jax.errors import UserError
 from uae_jax.stages import build, pairs
 
@@ -44,7 +47,6 @@ def file(tmp_path):
 
 def batches(file, **changes):
     values = {
-        "image_size": 16,
         "batch_size": 3,
         "length": 4,
         "end_token": 0,
@@ -52,7 +54,8 @@ def batches(file, **changes):
         "negative": (7,),
         "seed": 1,
     }
-    return PairBatches(read_pairs(file), Words(), **(values | changes))
+    pictures = Pictures(read_pairs(file), 16)
+    return PairBatches(pictures, Order([range(len(pictures))], [1.0], 1), Words(), **(values | changes))
 
 
 def test_every_epoch_holds_every_pair_and_a_step_repeats_itself(file):

@@ -1,8 +1,8 @@
 """Turns pictures into array_record shards, which one machine or many read at random without a million small files.
 
-    OUT/data-00000-of-00007.array_record, ...   records as `records.pack` has them: name, caption, the picture's file
-    OUT/data-00000-of-00007.json                written after its shard: bytes, sha256, records, what was skipped
-    OUT/manifest.json                           written last: the source, the shards, all that was skipped
+OUT/data-00000-of-00007.array_record, ...   records as `records.pack` has them: name, caption, the picture's file
+OUT/data-00000-of-00007.json                written after its shard: bytes, sha256, records, what was skipped
+OUT/manifest.json                           written last: the source, the shards, all that was skipped
 """
 
 import hashlib
@@ -79,7 +79,9 @@ def verify(folder: Path) -> int:
     manifest = json.loads((folder / records.MANIFEST).read_text())
     for shard in manifest["shards"]:
         if _sha256(folder / shard["file"]) != shard["sha256"]:
-            raise UserError(f"{folder / shard['file']} does not have the manifest's checksum: remove it and prepare again")
+            raise UserError(
+                f"{folder / shard['file']} does not have the manifest's checksum: remove it and prepare again"
+            )
     return int(manifest["records"])
 
 

@@ -1,9 +1,9 @@
 """Where pictures (and their captions) lie: sources of records, read at random by number and decoded later.
 
-    folder        pictures below a folder; captions from its metadata.jsonl, as Hugging Face's imagefolder has them
-    jsonl         {"image": path, "caption": text}, a line each
-    array_record  shards that `python -m uae_jax.data prepare` has written
-    tfds          a dataset that TFDS has prepared as array_record; TensorFlow is not needed
+folder        pictures below a folder; captions from its metadata.jsonl, as Hugging Face's imagefolder has them
+jsonl         {"image": path, "caption": text}, a line each
+array_record  shards that `python -m uae_jax.data prepare` has written
+tfds          a dataset that TFDS has prepared as array_record; TensorFlow is not needed
 """
 
 import hashlib

@@ -122,7 +122,12 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
 
 
 def kept(
-    config: Any, where: Path, vae: AutoencoderKL | None, params: Params, source: sources.Pictures, mesh: jax.sharding.Mesh
+    config: Any,
+    where: Path,
+    vae: AutoencoderKL | None,
+    params: Params,
+    source: sources.Pictures,
+    mesh: jax.sharding.Mesh,
 ) -> latents.Latents | None:
     """The pictures' Gaussians in `config.decoder.latents`, encoded first if it has not got them; None without a folder.
 
