@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def folder(root, n, broken=()):
         path = root / f"{i:03}.png"
         Image.fromarray(shade(i)).save(path)
         if i in broken:
-            path.write_bytes(path.read_bytes()[:60])
+            path.write_bytes(path.read_bytes()[:45])
     return root
 
 
@@ -149,7 +150,7 @@ def test_bad_records_are_replaced_counted_and_named_once(tmp_path, caplog):
     found = list(sources.prefetch(sources.Batches(source, order, 5, tally), 0, 6))
     read = [i for batch in found for i in batch["index"].tolist()]
     assert read == [{2: 4, 3: 4, 9: 0}.get(i, i) for i in plain]
-    assert list(sorted(tally.bad)) == ["002.png", "003.png", "009.png"]
+    assert sorted(tally.bad) == ["002.png", "003.png", "009.png"]
     for name in tally.bad:
         assert sum(name in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(UserError, match=r"3 of 10 records are bad.*max_bad_fraction = 0.2.*0\d\d.png") as caught:
@@ -221,8 +222,8 @@ def test_prepared_shards_hold_the_pictures_and_name_what_is_broken(tmp_path, cap
     run("verify", str(out))
     assert "9 records, all" in capsys.readouterr().out
     batches, held, _ = rl.load_data(config(out, source="array_record"))
-    first = list(sources.prefetch(batches, 0, 2, workers=1))
-    assert shades(first[1]) == shades(batches[1]) and len(held) == 2
+    again = pickle.loads(pickle.dumps(batches))  # as it goes to a worker process
+    assert shades(again[1]) == shades(batches[1]) and len(held) == 2
 
 
 def test_prepare_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

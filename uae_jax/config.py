@@ -165,7 +165,9 @@ def decoder() -> Any:
 
 def _validate_pairs(c: ConfigDict) -> None:
     d = c.decoder
-    _require("latents" in d, "decoder", d, "is a cold start's; take uae_jax.config.decoder(), as sd3_5_decoder.py")
+    _require(
+        "latents" in d, "decoder", d.to_dict(), "is a cold start's; take uae_jax.config.decoder(), as sd3_5_decoder.py"
+    )
     _require(
         not d.latents or c.data.fit != "random_crop",
         "data.fit",
@@ -299,7 +301,8 @@ def _validate_data(c: ConfigDict) -> None:
     for name, part in d.mixture.items():
         where = f"data.mixture.{name}"
         fields = set(part) if isinstance(part, ConfigDict) else set()
-        _require(fields == {"source", "path", "weight"}, where, part, "needs the fields source, path and weight")
+        shown = part.to_dict() if isinstance(part, ConfigDict) else part
+        _require(fields == {"source", "path", "weight"}, where, shown, "needs the fields source, path and weight")
         _one_of(c, f"{where}.source", *PICTURE_SOURCES)
         _require(bool(part.path), f"{where}.path", part.path, "name its folder, file or dataset")
         _require(part.weight > 0, f"{where}.weight", part.weight, "must be above 0")

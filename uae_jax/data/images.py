@@ -60,7 +60,9 @@ def load_image(file: str | os.PathLike[str] | bytes, limits: Limits = LIMITS, na
             length = found.st_size
         if length > limits.max_bytes:
             raise BadImage(name, f"{length} bytes exceed the limit of {limits.max_bytes}")
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        Image.init()  # what is not registered by now is not known at all
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as image:
             most = [limit for limit in (Image.MAX_IMAGE_PIXELS, limits.max_pixels) if limit is not None]
             if most and image.width * image.height > min(most):
                 raise BadImage(name, f"{image.width} x {image.height} exceeds the limit of {min(most)} pixels")

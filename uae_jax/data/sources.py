@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from uae_jax.data import images, records
 from uae_jax.data.order import Bad, Order, Tally, first_usable
@@ -191,7 +192,7 @@ def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int, 
 
 
 def _read(ds: Any, step: int) -> tuple[dict[str, Any], list[Bad]]:
-    return ds.read(step) if hasattr(ds, "read") else (ds[step], [])
+    return ds.read(step) if hasattr(ds, "tally") else (ds[step], [])
 
 
 def prefetch(
@@ -213,6 +214,8 @@ def prefetch(
         return
     tally: Tally | None = getattr(ds, "tally", None)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads some of its own there
+            flags.FLAGS.mark_as_parsed()
         steps = grain.MapDataset.range(start, stop).map(functools.partial(_read, ds))
         dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         ready = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
