@@ -9,7 +9,7 @@ tfds          a dataset that TFDS has prepared as array_record; TensorFlow is no
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -256,11 +256,13 @@ class TfdsPairs:
             example = example[part]
         return example
 
-    def _check(self, features: Mapping[str, Any], key: str) -> None:
+    def _check(self, features: Any, key: str) -> None:
         for part in key.split("/") if key else ():
-            if not isinstance(features, Mapping) or part not in features:
-                has = ", ".join(features) if isinstance(features, Mapping) else "no features"
-                raise UserError(f"config.data: the dataset has no feature {key!r}: there is {has}")
+            names = list(features.keys()) if hasattr(features, "keys") else []  # a FeaturesDict is no Mapping
+            if part not in names:
+                raise UserError(
+                    f"config.data: the dataset has no feature {key!r}: there is {', '.join(names) or 'none inside'}"
+                )
             features = features[part]
 
 
