@@ -38,6 +38,7 @@ def test_joint_leaves_weights_that_load_and_a_card(workdir, weights):
         assert said in card
 
 
+@pytest.mark.slow
 def test_a_run_from_these_weights_evaluates_and_exports(workdir, weights, tmp_path):
     config = tiny.ar_config(
         workdir / "weights", weights, steps=2, train="both", text_encoder="live", redraw__same_noise=False,

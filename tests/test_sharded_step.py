@@ -96,7 +96,7 @@ def run(weights: Path, janus: str, data: int, fsdp: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("family", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize("family", ["diffusion", pytest.param("autoregressive", marks=pytest.mark.slow)])
 def test_sharded_equals_unsharded_and_gathers_outside_the_token_loops(weights, tmp_path, family):
     janus = str(tiny.write_janus(tmp_path)) if family == "autoregressive" else ""
     one, eight = run(weights, janus, 1, 1), run(weights, janus, 2, 4)

@@ -134,11 +134,12 @@ def build(
             allowed=every_code, sampling=codes, mesh=mesh, kind=caption.CODES, guidance=drawn.guidance,
         )  # fmt: skip
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
-        # Convolutions with split kernels would have the partitioner put the whole batch on every device.
+        # Convolutions with split kernels, or codes of unknown layout, and the whole batch is drawn on every device.
         painter = weights | {"vq": sharding.decode_view(weights["vq"], mesh, model.dtype)}
 
         def pixels(codes: jax.Array) -> jax.Array:
-            return apply(model, painter, codes, method="decode_codes")
+            codes = sharding.constrain_batch(codes, mesh)
+            return sharding.constrain_batch(apply(model, painter, codes, method="decode_codes"), mesh)
 
         images = sliced(pixels, segment.actions, axis=1) if drawn.slice_vae else pixels(segment.actions)
         return images, {"image": segment}
