@@ -306,7 +306,7 @@ def _validate_data(c: ConfigDict) -> None:
         _one_of(c, f"{where}.source", *PICTURE_SOURCES)
         _require(bool(part.path), f"{where}.path", part.path, "name its folder, file or dataset")
         _require(part.weight > 0, f"{where}.weight", part.weight, "must be above 0")
-    if d.source not in ("shapes", "folder"):
+    if d.source != "shapes":
         apart = stages(c) in (["rl"], ["decoder"])
         _require(apart, "data.source", d.source, "is read by config.stage rl, or decoder alone; the others need shapes")
         _require(

@@ -187,8 +187,8 @@ def test_the_weights_it_starts_from_are_not_overwritten(file, tmp_path):
         pairs.build(c, tmp_path, None)
 
 
-def test_captions_are_for_the_decoder_only(file, tmp_path):
+def test_stages_that_read_scenes_refuse_pictures(file):
     c = configs.default().unlock()
-    c.data.source, c.data.path = "jsonl", str(file)
+    c.stage, c.data.source, c.data.path = "captioner", "jsonl", str(file)
     with pytest.raises(UserError, match=r"data\.source"):
         configs.validate(c.lock())

@@ -9,16 +9,15 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from uae_jax.errors import UserError
+from uae_jax.errors import UserError, shown
 
 
 class BadImage(UserError):
-    """A file that is not a usable image: its `path` and the `reason`."""
+    """A file that is not a usable image: its `path` and the `reason`, both fit to be printed."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = shown(os.fspath(path)), shown(reason)
+        super().__init__(f"{self.path}: {self.reason}")
 
 
 FITS = ("crop", "random_crop", "pad", "stretch")

@@ -84,7 +84,7 @@ def first_usable(order: Order, position: int, read: Callable[[int], T]) -> tuple
         try:
             return read(index), bad
         except BadImage as error:
-            bad.append(Bad(str(error.path), error.reason))
+            bad.append(Bad(error.path, error.reason))
     which = f"none of the {len(bad)} pictures" if len(bad) == len(candidates) else f"{len(bad)} pictures in a row, none"
     shown = "; ".join(f"{name} ({reason})" for name, reason in bad[:5])
     raise UserError(f"{which} can be read: {shown}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}")

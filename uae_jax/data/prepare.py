@@ -49,7 +49,7 @@ def prepare(
     plan = {"source": made, "records": len(source), "rows": rows}
     begun = out / "plan.json"
     with storage.storage_errors(out):
-        if begun.exists() and begun.read_text() != json.dumps(plan):
+        if begun.exists() and begun.read_bytes() != json.dumps(plan).encode():
             raise UserError(f"{out} was begun from other pictures or with other options: choose another --out")
         if not begun.exists() and out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another --out")
@@ -75,14 +75,12 @@ def prepare(
 
 def verify(folder: Path) -> int:
     """Reads every shard against the manifest's checksums: the number of records. Raises UserError for the first bad."""
-    records.ArrayRecords(folder)
-    manifest = json.loads((folder / records.MANIFEST).read_text())
-    for shard in manifest["shards"]:
-        if _sha256(folder / shard["file"]) != shard["sha256"]:
-            raise UserError(
-                f"{folder / shard['file']} does not have the manifest's checksum: remove it and prepare again"
-            )
-    return int(manifest["records"])
+    found = records.ArrayRecords(folder)
+    for shard in found.manifest["shards"]:
+        path = folder / shard["file"]
+        if _sha256(path) != shard["sha256"]:
+            raise UserError(f"{path} has been changed: it lacks the manifest's checksum; remove it and prepare again")
+    return len(found)
 
 
 def _listing(source: records.Pairs) -> str:
@@ -96,14 +94,13 @@ def _listing(source: records.Pairs) -> str:
 def _complete(path: Path) -> dict[str, Any] | None:
     """What the note beside a shard says, where the shard is as the note has it."""
     note = path.with_suffix(".json")
-    if not note.is_file():
+    try:
+        shard = json.loads(note.read_text())
+        if shard["records"] and (path.stat().st_size != shard["bytes"] or _sha256(path) != shard["sha256"]):
+            return None
+        return shard if shard["file"] == path.name and isinstance(shard["skipped"], list) else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not as it was written
         return None
-    shard = json.loads(note.read_text())
-    if not shard["records"]:
-        return shard
-    if not path.is_file() or path.stat().st_size != shard["bytes"] or _sha256(path) != shard["sha256"]:
-        return None
-    return shard
 
 
 def _write(source: records.Pairs, indices: range, path: Path, limits: images.Limits) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _write(source: records.Pairs, indices: range, path: Path, limits: images.Lim
                 pair = source[index]
                 content = _content(pair, limits)
             except images.BadImage as error:
-                skipped.append({"name": str(error.path), "reason": error.reason})
+                skipped.append({"name": error.path, "reason": error.reason})
                 continue
             writer.write(records.pack(pair.name, pair.caption, content))
             count += 1

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from uae_jax.data import images
-from uae_jax.errors import UserError
+from uae_jax.errors import UserError, shown
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MANIFEST = "manifest.json"
@@ -70,6 +70,14 @@ def _lines(path: Path) -> list[tuple[int, Any]]:
     return found
 
 
+def _text(value: Any) -> str:
+    """A caption that can be encoded. Raises TypeError, or UnicodeEncodeError of half a surrogate pair."""
+    if not isinstance(value, str):
+        raise TypeError("the caption is no string")
+    value.encode()
+    return value
+
+
 def read_pairs(path: str | os.PathLike[str], image_key: str = "image", caption_key: str = "caption") -> list[Pair]:
     """The pairs of a jsonl file; a relative image path is relative to the file. Pictures are not opened.
 
@@ -80,13 +88,13 @@ def read_pairs(path: str | os.PathLike[str], image_key: str = "image", caption_k
     pairs = []
     for number, values in _lines(path):
         try:
-            image, caption = values[image_key], values[caption_key]
-            if not (isinstance(image, str) and isinstance(caption, str)):
-                raise TypeError("both are to be strings")
-        except (KeyError, TypeError) as error:
+            image, caption = values[image_key], _text(values[caption_key])
+            if not isinstance(image, str) or b"\0" in os.fsencode(image):
+                raise TypeError("no path")
+        except (KeyError, TypeError, UnicodeEncodeError) as error:
             raise UserError(
                 f'{path}, line {number}: expected {{"{image_key}": path, "{caption_key}": text}} '
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {shown(error)})"
             ) from None
         pairs.append(Pair(path.parent / image, caption, image))
     if not pairs:
@@ -111,14 +119,17 @@ def read_folder(path: str | os.PathLike[str], caption_key: str = "caption") -> l
     if metadata.is_file():
         named = []
         for number, values in _lines(metadata):
-            name = values.get("file_name") if isinstance(values, dict) else None
-            if not isinstance(name, str):
-                raise UserError(f'{metadata}, line {number}: expected {{"file_name": name, "{caption_key}": text}}')
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            try:
+                name = values["file_name"]
+                caption = _text(values.get(caption_key, values.get("text", "")))
+                if not isinstance(name, str) or b"\0" in os.fsencode(name):
+                    raise TypeError("no file name")
+            except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+                raise UserError(
+                    f'{metadata}, line {number}: expected {{"file_name": name, "{caption_key}": text}} ({shown(error)})'
+                ) from None
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise UserError(f"{metadata}, line {number}: {name!r} lies outside the folder")
-            caption = values.get(caption_key, values.get("text", ""))
-            if not isinstance(caption, str):
-                raise UserError(f"{metadata}, line {number}: the caption is to be a string")
             named.append(Pair(root / name, caption, name))
         if not named:
             raise UserError(f"{metadata} names no picture")
@@ -137,17 +148,19 @@ def pack(name: str, caption: str, image: bytes) -> bytes:
 
 
 def unpack(record: bytes) -> Pair:
-    """The inverse of `pack`. Raises ValueError where it is no such record."""
+    """The inverse of `pack`. Raises ValueError, LookupError or TypeError where it is no such record."""
     length = int.from_bytes(record[:4], "little")
     header = json.loads(record[4 : 4 + length])
-    name, caption = header["name"], header["caption"]
-    if not (isinstance(name, str) and isinstance(caption, str)):
-        raise ValueError("name and caption are to be strings")
-    return Pair(bytes(record[4 + length :]), caption, name)
+    if not isinstance(header["name"], str):
+        raise TypeError("the name is no string")
+    return Pair(bytes(record[4 + length :]), _text(header["caption"]), header["name"])
 
 
 class ArrayRecords:
     """The records of a folder that `prepare` has written.
+
+    Attributes:
+      manifest: what `prepare` has noted.
 
     Raises:
       UserError: it has no manifest (`prepare` has not finished), or a shard is missing or of another size.
@@ -158,18 +171,24 @@ class ArrayRecords:
 
         root = Path(folder)
         try:
-            manifest = json.loads((root / MANIFEST).read_text())
-            shards = [(root / shard["file"], int(shard["bytes"])) for shard in manifest["shards"]]
-            self.name = f"array_record {manifest['source']}"
+            self.manifest = json.loads((root / MANIFEST).read_text())
+            shards = []
+            for shard in self.manifest["shards"]:
+                if Path(shard["file"]).name != shard["file"] or not isinstance(shard["sha256"], str):
+                    raise ValueError("a shard without a name or checksum")
+                shards.append((root / shard["file"], shard["bytes"]))
+            if not shards:
+                raise ValueError("no shards")
+            self.name = f"array_record {self.manifest['source']}"
         except FileNotFoundError:
             raise UserError(
                 f"{root} has no {MANIFEST}: it is written last by python -m uae_jax.data prepare, which goes on where "
                 "it was stopped"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{root / MANIFEST} cannot be read ({error}): prepare the data again") from None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{root / MANIFEST} cannot be read ({shown(error)}): prepare the data again") from None
         for path, size in shards:
-            if not path.is_file() or path.stat().st_size != size or path.parent != root:
+            if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path} is missing or not {size} bytes long: remove it and prepare the data again")
         self._root = root
         self._source = grain.sources.ArrayRecordDataSource([os.fspath(path) for path, _ in shards])
@@ -290,7 +309,10 @@ def identity(source: Pairs) -> str:
     for i in range(len(source)):
         path = source[i].image
         assert isinstance(path, Path)
-        at = path.stat() if path.is_file() else None
+        try:
+            at = path.stat()
+        except OSError:
+            at = None
         found.update(json.dumps([str(path.resolve()), at and at.st_size, at and at.st_mtime_ns]).encode())
     return found.hexdigest()
 

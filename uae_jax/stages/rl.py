@@ -140,7 +140,7 @@ def held_out_images(source: sources.Source, indices: list[int]) -> tuple[np.ndar
         try:
             found.append(source[index]["image"])
         except BadImage as error:
-            bad.append(Bad(str(error.path), error.reason))
+            bad.append(Bad(error.path, error.reason))
     return np.stack(found) if found else np.zeros((0,)), bad
 
 
