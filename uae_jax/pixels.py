@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import storage
-from uae_jax.errors import UserError
+from uae_jax.errors import UserError, shown
 from uae_jax.models import resample
 from uae_jax.models.clip.config import Config as CLIPConfig
 from uae_jax.models.dinov2.config import Config as DINOv2Config
@@ -172,8 +172,9 @@ def load(folder: Path, config: Any) -> Processing:
             if not isinstance(values, dict):
                 continue
             return declared(default, values, _seen(config))
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            what = shown(f"{type(error).__name__}: {error}")[:200]
+            raise UserError(f"{path} cannot be read ({what}): copy it again") from None
         except UserError as error:
             raise UserError(f"{path} does not fit the tower: {error}") from None
     return default

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from uae_jax import lora, pixels, rewards, sharding
 from uae_jax.convert import folder, pooled
 from uae_jax.data.shapes import grammar
-from uae_jax.errors import UserError
+from uae_jax.errors import UserError, shown
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.janus.model import Janus
 from uae_jax.models.projector.model import Projector
@@ -60,11 +60,14 @@ def weights_folder(config: Any) -> Path:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json of the folder of a model that captions."""
+    """tokenizer.json of the folder of a model that captions. Raises UserError where there is none, or it is damaged."""
     file = path / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: the captioner's folder must hold its tokenizer")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no other kind
+        raise UserError(f"{file} cannot be read ({shown(error)[:200]}): copy it again") from None
 
 
 def towers_folder(config: Any) -> Path:

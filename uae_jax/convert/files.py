@@ -88,7 +88,9 @@ def _read_shards(folder: Path, index: Path) -> tuple[dict[str, Header], list[str
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not all(Path(shard).name == shard and "\0" not in shard for shard in shards):
+            raise ValueError("a shard that lies elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} is not an index of safetensors: copy it again") from None
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:

@@ -174,9 +174,10 @@ class ArrayRecords:
             self.manifest = json.loads((root / MANIFEST).read_text())
             shards = []
             for shard in self.manifest["shards"]:
-                if Path(shard["file"]).name != shard["file"] or not isinstance(shard["sha256"], str):
-                    raise ValueError("a shard without a name or checksum")
-                shards.append((root / shard["file"], shard["bytes"]))
+                name, size, count, _ = (shard[key] for key in ("file", "bytes", "records", "sha256"))
+                if Path(name).name != name or "\0" in name or not 0 < int(count) <= size:
+                    raise ValueError("no such shard")
+                shards.append((root / name, size, int(count)))
             if not shards:
                 raise ValueError("no shards")
             self.name = f"array_record {self.manifest['source']}"
@@ -185,13 +186,16 @@ class ArrayRecords:
                 f"{root} has no {MANIFEST}: it is written last by python -m uae_jax.data prepare, which goes on where "
                 "it was stopped"
             ) from None
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{root / MANIFEST} cannot be read ({shown(error)}): prepare the data again") from None
-        for path, size in shards:
+        for path, size, _ in shards:
             if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path} is missing or not {size} bytes long: remove it and prepare the data again")
+                raise UserError(
+                    f"{shown(path)} is missing or not {size} bytes long: remove it and prepare the data again"
+                )
         self._root = root
-        self._source = grain.sources.ArrayRecordDataSource([os.fspath(path) for path, _ in shards])
+        # With the number of records none is opened before it is read.
+        self._source = grain.sources.ArrayRecordDataSource([f"{path}[0:{count}]" for path, _, count in shards])
 
     def __len__(self) -> int:
         return len(self._source)
