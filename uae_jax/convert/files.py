@@ -136,9 +136,15 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def map_tensors(headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
-    """Read-only views of the files: a slice, transposed or not, reads just its own bytes, when it is used."""
+    """Read-only views of the files: a slice, transposed or not, reads just its own bytes, when it is used.
+
+    Raises:
+      UserError: a tensor is of a type that is not read.
+    """
     files: dict[Path, np.ndarray] = {}
     for header in headers.values():
+        if header.dtype not in DTYPES:
+            raise UserError(f"{header.path}: a tensor is of type {header.dtype}, not one of {', '.join(DTYPES)}")
         if header.path not in files:
             files[header.path] = np.asarray(np.memmap(header.path, np.uint8, "r"))
     return {name: files[x.path][x.begin : x.end].view(DTYPES[x.dtype]).reshape(x.shape) for name, x in headers.items()}
