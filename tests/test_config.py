@@ -31,6 +31,9 @@ WRONG = [
     ({"lora.alpha": 0.0}, "lora.alpha"),
     ({"lora.target": "*_proj"}, "lora.target"),
     ({"reward": ConfigDict()}, "reward"),
+    ({"reward": ConfigDict({"clip": None})}, "reward.clip"),
+    ({"rl.weights.image": float("nan")}, "rl.weights.image"),
+    ({"redraw.steps": None}, "redraw.steps"),
     ({"rl.normaliser": "batch"}, "rl.normaliser"),
     ({"rl.truncated": "drop"}, "rl.truncated"),
     ({"rl.malformed": "mask"}, "rl.malformed"),
@@ -154,6 +157,17 @@ def test_a_wrong_value_is_named_with_its_remedy(changes, field):
     assert len(message.split(": ", 1)[1].split()) > 1
 
 
+def test_a_field_that_is_missing_or_of_another_type_is_named():
+    for changes, said in (
+        ({"eval": ConfigDict({"every": 3})}, r"config\.eval\.\w+ is missing: its default is"),
+        ({"data": ConfigDict({"x": 3})}, r"config\.data\.\w+ is missing"),
+        ({"redraw.steps": None}, r"config\.redraw\.steps = None: must be of type int"),
+        (PAIRS | {"decoder.lora.rank": None}, r"config\.decoder\.lora\.rank = None: must be of type int"),
+    ):
+        with pytest.raises(UserError, match=said):
+            base.validate(changed(changes))
+
+
 def test_every_rule_has_an_example():
     calls = [
         node
@@ -227,6 +241,7 @@ def test_every_field_of_the_default_has_a_comment():
         if isinstance(node, ast.Assign) and "  # " in lines[node.end_lineno - 1]:
             targets = [x for x in ast.walk(node.targets[0]) if isinstance(x, ast.Attribute)]
             commented |= {ast.unparse(target).removeprefix("c.") for target in targets}
-    bare = {field for field in leaves(base.default()) if field.removeprefix("optimizer.") not in commented}
+    fields = [*leaves(base.default()), *leaves(base.decoder())]
+    bare = {field for field in fields if field.removeprefix("optimizer.") not in commented}
     assert not bare
     assert len(commented) > 50

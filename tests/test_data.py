@@ -3,9 +3,16 @@
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -139,6 +146,56 @@ def test_any_number_of_processes_reads_the_same_batches(tmp_path, processes):
         assert shades(whole[step]) == joined.tolist() and 4 not in joined
 
 
+class Numbers:
+    """Stands in for pictures: number i is filled with i, and the `broken` ones cannot be read."""
+
+    def __init__(self, count, broken):
+        self.count, self.broken = count, broken
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise images.BadImage(str(index), "broken")
+        return {"image": np.full((1, 1, 3), index, np.uint8)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_run_goes_on_at_the_same_example_with_any_number_of_processes(data):
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    ends = np.cumsum([0, *sizes]).tolist()
+    groups = [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    broken = {i for group in groups for i in group[1:] if data.draw(st.booleans())}
+    weights = [data.draw(st.floats(0.01, 100.0)) for _ in groups]
+    seed, batch = data.draw(st.integers(0, 2**31)), data.draw(st.integers(1, 6))
+    first, steps = data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 4))
+    source = Numbers(ends[-1], broken)
+
+    def examples(start, count, size, parts):
+        """Examples `start`... as so many processes read them, in batches of `size`."""
+        order = Order(groups, weights, seed)  # each process makes its own
+        bounds = [size * k // parts for k in range(parts + 1)]
+        shares = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+        readers = [sources.Batches(source, order, size, rows=share) for share in shares]
+        steps = range(start // size, (start + count) // size)
+        return [i for step in steps for reader in readers for i in reader[step]["index"].tolist()]
+
+    whole = examples(first * batch, steps * batch, batch, 1)
+    stopped = data.draw(st.integers(0, steps))
+    before = examples(first * batch, stopped * batch, batch, data.draw(st.integers(1, batch)))
+    after = examples((first + stopped) * batch, (steps - stopped) * batch, batch, data.draw(st.integers(1, batch)))
+    assert before + after == whole == examples(first * batch, steps * batch, 1, 1)
+    # ... and what stands in for a broken one is the next of its own part that is whole.
+    order = Order(groups, weights, seed)
+    for position, found in enumerate(whole, first * batch):
+        wanted = next(iter(order.candidates(position)))
+        group = next(list(group) for group in groups if wanted in group)
+        turned = group[group.index(wanted) :] + group[: group.index(wanted)]
+        assert found == next(i for i in turned if i not in broken)
+
+
 # ---- bad records -----------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +225,26 @@ def test_worker_processes_read_the_same(tmp_path, caplog):
     for step, batch in enumerate(found, 3):
         for name, value in batches[step].items():
             np.testing.assert_array_equal(batch[name], value)
+
+
+def test_an_error_in_a_worker_process_is_the_same_error(tmp_path):
+    source = pictures(folder(tmp_path / "f", 3, broken=[0, 1, 2]))
+    batches = sources.Batches(source, Order([range(3)], [1.0], seed=0), 2, Tally(3, 1.0))
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="none of the 3 pictures can be read"):
+            list(sources.prefetch(batches, 0, 2, workers))
+
+
+def test_names_that_would_steer_a_terminal_are_escaped(tmp_path, caplog):
+    name = "\x1b[2J\u202e\n.png"
+    (tmp_path / name).write_bytes(b"no picture")
+    Image.fromarray(shade(1)).save(tmp_path / "a.png")
+    tally = Tally(2, 0.5)
+    list(sources.prefetch(sources.Batches(pictures(tmp_path), Order([range(2)], [1.0], 0), 2, tally), 0, 2))
+    assert list(tally.bad) == [r"\x1b[2J\u202e\n.png"] and all(r.getMessage().isprintable() for r in caplog.records)
+    with pytest.raises(UserError, match="records are bad") as caught:
+        Tally(2, 0.0).add([(name, reason) for name, reason in tally.bad.items()])
+    assert str(caught.value).isprintable()
 
 
 def config(root, **changes):
@@ -250,6 +327,44 @@ def test_prepare_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
             run("prepare", f"--path={root}", f"--out={out}", "--rows=4", changed)
 
 
+def test_prepare_survives_being_killed(tmp_path):
+    root = folder(tmp_path / "f", 40, broken=[3])
+    run("prepare", f"--path={root}", f"--out={tmp_path / 'whole'}", "--rows=2")
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    command = [sys.executable, "-m", "uae_jax.data", "prepare", f"--path={root}", f"--out={out}", "--rows=2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done: dict[str, int] = {}
+    for kill in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+            for _ in range(3):
+                assert process.stdout.readline()
+            time.sleep(0.002 * rng.random())
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()
+        notes = {path.name: path.stat().st_mtime_ns for path in out.glob("data-*.json")}
+        assert len(notes) >= 3 * (kill + 1) and notes.items() >= done.items()  # what was done is not done again
+        done = notes
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    run("verify", str(out))
+
+
+def test_damaged_notes_are_made_again_and_manifests_refused(tmp_path):
+    out = tmp_path / "out"
+    run("prepare", f"--path={folder(tmp_path / 'f', 6)}", f"--out={out}", "--rows=3")
+    whole = contents(out)
+    for content in (b"", b"[]", b"{}", b"\xff", b'{"records": 3}'):
+        (out / "data-00001-of-00002.json").write_bytes(content)
+        run("prepare", f"--path={tmp_path / 'f'}", f"--out={out}", "--rows=3")
+        assert contents(out) == whole
+    manifest = json.loads(whole["manifest.json"])
+    for changes in ({"file": "../f/000.png"}, {"file": "/etc/passwd"}, {"records": 10**12}, {"records": None}):
+        shards = [manifest["shards"][0] | changes]
+        (out / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}))
+        with pytest.raises(UserError, match="prepare the data again"):
+            records.ArrayRecords(out)
+
+
 def test_damaged_shards(tmp_path):
     out = tmp_path / "out"
     run("prepare", f"--path={folder(tmp_path / 'f', 6)}", f"--out={out}", "--rows=3")
@@ -257,7 +372,7 @@ def test_damaged_shards(tmp_path):
     whole = path.read_bytes()
     middle = whole.index(b'"name"')
     path.write_bytes(whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 20]) + whole[middle + 20 :])
-    with pytest.raises(UserError, match="checksum"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002.array_record has been changed: .*checksum; remove it"):
         run("verify", str(out))
     found, bad = sources.Pictures(records.ArrayRecords(out), SIZE), 0
     for i in range(6):

@@ -4,6 +4,7 @@ A config is a locked `ml_collections.ConfigDict`: a misspelt field or a value of
 checks what types cannot say.
 """
 
+import math
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ PICTURE_SOURCES = ("folder", "jsonl", "array_record", "tfds")
 
 # Fields that may change between a run and its continuation in the same workdir.
 MAY_DIFFER = ("stage", "steps", "checkpoint", "eval", "stop_on_gap")
+FREE = ("reward", "data.mixture")  # fields whose own fields are named by the user
 
 
 def default() -> ConfigDict:
@@ -145,7 +147,7 @@ def optimizer(name: str, learning_rate: float, warmup: int = 0, decay: bool = Fa
 def decoder() -> Any:
     """The fields of stage `decoder` on pictures with captions."""
     c = ConfigDict()
-    c.steps = 10000
+    c.steps = 10000  # updates of the stage
     c.batch_size = 64  # pairs a step, over all devices
     c.trainable = r"projector/.*"  # regex over projector/..., transformer/...; "": adapters alone
     c.lora = ConfigDict()
@@ -174,6 +176,7 @@ def _validate_pairs(c: ConfigDict) -> None:
         c.data.fit,
         "config.decoder.latents keeps one crop each",
     )
+    _check_kinds(d, decoder(), "decoder.")
     for field in ("steps", "batch_size", "max_tokens"):
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
     for field in ("dropout", "ema"):
@@ -190,6 +193,25 @@ def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
         raise UserError(f"config.{field} = {value!r}: {remedy}")
 
 
+def _check_kinds(c: ConfigDict, like: ConfigDict, prefix: str = "") -> None:
+    """Raises UserError for the first field of `like` that is missing in `c`, or of another type there."""
+    for name, default_value in like.items():
+        field = f"{prefix}{name}"
+        if name not in c:
+            raise UserError(f"config.{field} is missing: its default is {default_value!r}")
+        kind = type(default_value)
+        fits = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        if not isinstance(c[name], fits) or (isinstance(c[name], bool) and kind is not bool):
+            raise UserError(f"config.{field} = {c[name]!r}: must be of type {kind.__name__}")
+        if kind is ConfigDict and field not in FREE:
+            _check_kinds(c[name], default_value, f"{field}.")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def _field(c: ConfigDict, name: str) -> Any:
     """The value at a dotted name."""
     value: Any = c
@@ -204,6 +226,7 @@ def _one_of(c: ConfigDict, field: str, *allowed: str) -> None:
 
 
 def _validate_optimizer(c: ConfigDict, field: str) -> None:
+    _check_kinds(_field(c, field), optimizer("adamw", 1e-4), f"{field}.")
     _one_of(c, f"{field}.name", "adamw", "muon")
     o = _field(c, field)
     _require(o.learning_rate >= 0, f"{field}.learning_rate", o.learning_rate, "must not be negative")
@@ -213,6 +236,7 @@ def _validate_optimizer(c: ConfigDict, field: str) -> None:
 
 def validate(c: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no sense."""
+    _check_kinds(c, default())
     for stage in stages(c):
         _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
     _one_of(c, "train", "encoder", "decoder", "both")
@@ -238,7 +262,9 @@ def validate(c: ConfigDict) -> None:
     for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
     for name, weight in rl.weights.items():
-        _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
+        _require(_is_number(weight) and weight >= 0, f"rl.weights.{name}", weight, "must be a number, not negative")
+    for name, weight in c.reward.items():
+        _require(_is_number(weight), f"reward.{name}", weight, "must be a number")
     _require(rl.advantage_eps >= 0, "rl.advantage_eps", rl.advantage_eps, "must not be negative")
     _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
@@ -276,7 +302,7 @@ def validate(c: ConfigDict) -> None:
     for field, pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"config.{field} = {pattern!r} is no regular expression: {error}") from None
 
 
@@ -304,8 +330,10 @@ def _validate_data(c: ConfigDict) -> None:
         shown = part.to_dict() if isinstance(part, ConfigDict) else part
         _require(fields == {"source", "path", "weight"}, where, shown, "needs the fields source, path and weight")
         _one_of(c, f"{where}.source", *PICTURE_SOURCES)
-        _require(bool(part.path), f"{where}.path", part.path, "name its folder, file or dataset")
-        _require(part.weight > 0, f"{where}.weight", part.weight, "must be above 0")
+        named = isinstance(part.path, str) and bool(part.path)
+        _require(named, f"{where}.path", part.path, "name its folder, file or dataset")
+        weighs = _is_number(part.weight) and part.weight > 0
+        _require(weighs, f"{where}.weight", part.weight, "must be a number above 0")
     if d.source != "shapes":
         apart = stages(c) in (["rl"], ["decoder"])
         _require(apart, "data.source", d.source, "is read by config.stage rl, or decoder alone; the others need shapes")

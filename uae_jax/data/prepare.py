@@ -68,6 +68,8 @@ def prepare(
         raise UserError(f"none of the {len(source)} pictures is usable: {'; '.join(map(str, skipped[:5]))}")
     kept = [{k: v for k, v in shard.items() if k != "skipped"} for shard in shards if shard["records"]]
     manifest = plan | {"records": total, "shards": kept, "skipped": skipped}
+    for path in out.glob(".*.tmp"):  # of runs that were killed
+        path.unlink(missing_ok=True)
     storage.write_atomic(out / records.MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     say(f"{out}: {total} records in {len(kept)} shards, {len(skipped)} skipped")
     return manifest
