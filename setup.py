@@ -28,6 +28,7 @@ setup(
         "ml-collections>=1.0",
         "grain>=0.2.11",
         "absl-py",
+        "array_record",
         "ml-dtypes",
         "numpy",
         "pillow",

@@ -274,7 +274,8 @@ def _records(scratch: Path) -> Callable[[np.random.Generator], None]:
             (out / records.MANIFEST).write_text(json.dumps(noted))
         else:
             name = root / ("metadata.jsonl" if kind == 2 else "list.jsonl")
-            name.write_bytes(b"\n".join(damaged_text(x, rng) if rng.random() < 0.4 else json.dumps(x).encode() for x in lines))
+            texts = [damaged_text(x, rng) if rng.random() < 0.4 else json.dumps(x).encode() for x in lines]
+            name.write_bytes(b"\n".join(texts))
         if kind <= 1:
             source: records.Pairs = records.ArrayRecords(out)
         else:

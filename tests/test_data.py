@@ -1,5 +1,6 @@
 """Records, mixtures, bad records, limits, worker processes, and shards that `prepare` writes."""
 
+import itertools
 import json
 import os
 import pickle
@@ -161,12 +162,12 @@ class Numbers:
         return {"image": np.full((1, 1, 3), index, np.uint8)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_a_run_goes_on_at_the_same_example_with_any_number_of_processes(data):
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     ends = np.cumsum([0, *sizes]).tolist()
-    groups = [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    groups = [range(a, b) for a, b in itertools.pairwise(ends)]
     broken = {i for group in groups for i in group[1:] if data.draw(st.booleans())}
     weights = [data.draw(st.floats(0.01, 100.0)) for _ in groups]
     seed, batch = data.draw(st.integers(0, 2**31)), data.draw(st.integers(1, 6))
@@ -177,7 +178,7 @@ def test_a_run_goes_on_at_the_same_example_with_any_number_of_processes(data):
         """Examples `start`... as so many processes read them, in batches of `size`."""
         order = Order(groups, weights, seed)  # each process makes its own
         bounds = [size * k // parts for k in range(parts + 1)]
-        shares = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+        shares = [range(a, b) for a, b in itertools.pairwise(bounds) if a < b]
         readers = [sources.Batches(source, order, size, rows=share) for share in shares]
         steps = range(start // size, (start + count) // size)
         return [i for step in steps for reader in readers for i in reader[step]["index"].tolist()]

@@ -65,7 +65,7 @@ def test_many_damaged_files_are_read_or_refused(kind, count, capsys):
 NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, 1, -1, 0.5]))
 WORDS = st.one_of(
     st.text(max_size=8),
-    st.sampled_from(["", "rl", "decoder", "mixture", "folder", "jsonl", "crop", "a{99999999999}", "(" * 300, "[", "\0"]),
+    st.sampled_from(["", "rl", "decoder", "mixture", "folder", "jsonl", "a{99999999999}", "(" * 300, "[", "\0"]),
 )
 VALUES = st.one_of(NUMBERS, WORDS, st.booleans(), st.none(), st.lists(NUMBERS, max_size=2))
 PARTS = st.dictionaries(
@@ -203,11 +203,13 @@ def headers(draw):
         depth, colour = draw(st.sampled_from([1, 2, 4, 8, 16, 3])), draw(st.sampled_from([0, 2, 3, 4, 6, 5]))
         start = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, draw(st.integers(0, 1)))
         body = chunk(draw(st.sampled_from([b"IDAT", b"PLTE", b"tRNS", b"eXIf", b"zTXt"])), rest)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", start) + body + chunk(b"IDAT", zlib.compress(rest)) + chunk(b"IEND", b"")
+        body += chunk(b"IDAT", zlib.compress(rest)) + chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", start) + body
     if kind == "bmp":
         sizes = struct.pack("<IIIHHIIIIII", 40, width, height, 1, draw(st.sampled_from([1, 4, 8, 16, 24, 32, 7])),
                             draw(st.integers(0, 6)), 0, 0, 0, draw(SIDES), 0)  # fmt: skip
-        return b"BM" + struct.pack("<IHHI", 54 + len(rest), 0, 0, draw(st.sampled_from([54, 0, 60, 2**31]))) + sizes + rest
+        begin = draw(st.sampled_from([54, 0, 60, 2**31]))
+        return b"BM" + struct.pack("<IHHI", 54 + len(rest), 0, 0, begin) + sizes + rest
     if kind == "gif":
         size = struct.pack("<HHBBB", width & 0xFFFF, height & 0xFFFF, draw(BYTE), draw(BYTE), 0)
         frame = b"," + struct.pack("<HHHHB", 0, 0, width & 0xFFFF, height & 0xFFFF, draw(BYTE)) + bytes([draw(BYTE)])
@@ -259,7 +261,7 @@ def test_what_is_damaged_is_named(tmp_path):
 
     vision = raw["vision_config"]
     refused("[" * 100_000, "not JSON")
-    refused(raw | {"vision_config": vision | {"num_hidden_layers": 10**12}}, "num_hidden_layers = 1000000000000 is more")
+    refused(raw | {"vision_config": vision | {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000 is more")
     refused(raw | {"vision_config": vision | {"patch_size": 0}}, "does not describe a CLIPModel")
     refused(raw | {"vision_config": 3}, "does not describe a CLIPModel")
     refused(raw | {"architectures": {"x": 1}}, "architecture")
