@@ -26,7 +26,7 @@ setup(
         "transformers>=5.0",
         "tensorflow-datasets",
         "ml-collections>=1.0",
-        "grain>=0.2.11",
+        "grain>=0.2.15",
         "absl-py",
         "array_record",
         "ml-dtypes",

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from uae_jax import config as configs
 from uae_jax import runtime
-from uae_jax.errors import UserError
+from uae_jax.errors import UserError, shown
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "", "of a training run: its config and newest checkpoint are used", flag_values=FLAGS)
@@ -115,7 +115,8 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
     usable, arrays = [], []
     for path in paths:
         try:
-            arrays.append(images.fit(images.load_image(path), config.data.image_size))
+            limits = images.Limits(config.data.max_bytes, config.data.max_pixels)
+            arrays.append(images.fit(images.load_image(path, limits), config.data.image_size, config.data.fit))
             usable.append(path)
         except images.BadImage as error:
             print(f"skipped {error}", file=sys.stderr)
@@ -131,7 +132,7 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
     print(f"weights of step {step}")
     for i, text in enumerate(decode_captions(built.tokenizer, tokens, mask)):
         scores = "  ".join(f"{name} {values[i]:.3f}" for name, values in drawn["towers"].items())
-        print(f"{usable[i]}\n  {text}\n  {scores}")
+        print(f"{shown(usable[i])}\n  {shown(text)}\n  {scores}")
         rows.append([arrays[i], drawn["image"][i]])
         captions.append([Path(usable[i]).name, f"{scores}  {text}"])
     sheet = pictures.grid(rows, captions, ["source", "redrawn"], scale=max(1, 192 // config.data.image_size))
