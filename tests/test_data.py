@@ -359,8 +359,10 @@ def test_damaged_notes_are_made_again_and_manifests_refused(tmp_path):
         run("prepare", f"--path={tmp_path / 'f'}", f"--out={out}", "--rows=3")
         assert contents(out) == whole
     manifest = json.loads(whole["manifest.json"])
-    for changes in ({"file": "../f/000.png"}, {"file": "/etc/passwd"}, {"records": 10**12}, {"records": None}):
-        shards = [manifest["shards"][0] | changes]
+    records.ArrayRecords(out)
+    wrong = [{"file": "../out/data-00000-of-00002.array_record"}, {"file": "/etc/passwd"}, {"records": 10**6}]
+    for changes in (*wrong, {"records": None}, {"bytes": 3}, {"sha256": 3}):
+        shards = [manifest["shards"][0] | changes, manifest["shards"][1]]
         (out / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}))
         with pytest.raises(UserError, match="prepare the data again"):
             records.ArrayRecords(out)

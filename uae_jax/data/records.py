@@ -174,12 +174,13 @@ class ArrayRecords:
             self.manifest = json.loads((root / MANIFEST).read_text())
             shards = []
             for shard in self.manifest["shards"]:
-                name, size, count, _ = (shard[key] for key in ("file", "bytes", "records", "sha256"))
-                if Path(name).name != name or "\0" in name or not 0 < int(count) <= size:
+                name, size, count, checksum = (shard[key] for key in ("file", "bytes", "records", "sha256"))
+                if Path(name).name != name or "\0" in name or not isinstance(checksum, str):
                     raise ValueError("no such shard")
                 shards.append((root / name, size, int(count)))
-            if not shards:
-                raise ValueError("no shards")
+            counts = [count for _, _, count in shards]
+            if min(counts, default=0) < 1 or sum(counts) != self.manifest["records"]:
+                raise ValueError("the numbers of records do not add up")
             self.name = f"array_record {self.manifest['source']}"
         except FileNotFoundError:
             raise UserError(
