@@ -11,6 +11,10 @@ from configs import sd3_5_decoder, tiny, tiny_ar_coldstart, tiny_coldstart
 from uae_jax import config as base
 from uae_jax.errors import UserError
 
+MIXTURE = {
+    "data.source": "mixture",
+    "data.mixture": ConfigDict({"a": {"source": "folder", "path": "pictures", "weight": 2.0}}),
+}
 PAIRS = {"data.source": "jsonl", "data.path": "pairs.jsonl", "stage": "decoder", "decoder": base.decoder()}
 # What is wrong, and the field that the message must name.
 WRONG = [
@@ -29,6 +33,9 @@ WRONG = [
     ({"lora.alpha": 0.0}, "lora.alpha"),
     ({"lora.target": "*_proj"}, "lora.target"),
     ({"reward": ConfigDict()}, "reward"),
+    ({"reward": ConfigDict({"clip": None})}, "reward.clip"),
+    ({"rl.weights.image": float("nan")}, "rl.weights.image"),
+    ({"redraw.steps": None}, "redraw.steps"),
     ({"rl.normaliser": "batch"}, "rl.normaliser"),
     ({"rl.truncated": "drop"}, "rl.truncated"),
     ({"rl.malformed": "mask"}, "rl.malformed"),
@@ -73,8 +80,21 @@ WRONG = [
     ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
     ({"optimizer.max_grad_norm": 0.0}, "optimizer.max_grad_norm"),
-    ({"data.source": "jsonl"}, "data.source"),
-    ({"data.source": "jsonl", "stage": "decoder"}, "stage"),
+    ({"data.source": "jsonl"}, "data.path"),
+    ({"data.source": "jsonl", "data.path": "x", "stage": "tower"}, "data.source"),
+    ({"data.source": "jsonl", "data.path": "x", "stage": "decoder"}, "stage"),
+    ({"data.fit": "zoom"}, "data.fit"),
+    ({"data.decoder": "opencv"}, "data.decoder"),
+    ({"data.max_bad_fraction": 1.5}, "data.max_bad_fraction"),
+    ({"data.workers": -1}, "data.workers"),
+    ({"data.max_bytes": 0}, "data.max_bytes"),
+    ({"data.source": "mixture"}, "data.mixture"),
+    (MIXTURE | {"data.mixture": ConfigDict({"a": {"source": "folder"}})}, "data.mixture.a"),
+    (MIXTURE | {"data.mixture.a.source": "shapes"}, "data.mixture.a.source"),
+    (MIXTURE | {"data.mixture.a.path": ""}, "data.mixture.a.path"),
+    (MIXTURE | {"data.mixture.a.weight": 0.0}, "data.mixture.a.weight"),
+    (PAIRS | {"decoder": ConfigDict({"steps": 1})}, "decoder"),
+    (PAIRS | {"decoder.latents": "kept", "data.fit": "random_crop"}, "data.fit"),
     (PAIRS | {"decoder.steps": 0}, "decoder.steps"),
     (PAIRS | {"decoder.dropout": 1.0}, "decoder.dropout"),
     (PAIRS | {"decoder.ema": -0.1}, "decoder.ema"),
@@ -85,7 +105,7 @@ WRONG = [
     (PAIRS | {"decoder.lora.alpha": 0.0}, "decoder.lora.alpha"),
     (PAIRS | {"decoder.lora.target": "*"}, "decoder.lora.target"),
 ]
-RULES = ("validate", "_validate_optimizer", "_validate_pairs")
+RULES = ("validate", "_validate_optimizer", "_validate_pairs", "_validate_data")
 RIGHT = [
     {"stage": " tower, captioner ,decoder,rl"},
     {"steps": 0},
@@ -99,6 +119,8 @@ RIGHT = [
     {"data.source": "folder", "data.path": "/pictures"},
     {"optimizer.learning_rate": 0.0},
     PAIRS,
+    MIXTURE,
+    {"data.source": "tfds", "data.path": "coco_captions"},
 ]
 
 
@@ -129,10 +151,24 @@ def failure(changes) -> tuple[str, set[int]]:
 @pytest.mark.parametrize("changes, field", WRONG, ids=lambda x: str(x))
 def test_a_wrong_value_is_named_with_its_remedy(changes, field):
     message, _ = failure(changes)
-    value = list(changes.values())[-1]
-    shown = "''" if field in ("data.path",) or value == "tower," else "{}" if field == "reward" else repr(value)
+    value = changed(changes)
+    for part in field.split("."):
+        value = value[part]
+    value = "" if value == "tower," else value  # a stage is named by itself
+    shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
     assert message.startswith(f"config.{field} = {shown}") and "\n" not in message
     assert len(message.split(": ", 1)[1].split()) > 1
+
+
+def test_a_field_that_is_missing_or_of_another_type_is_named():
+    for changes, said in (
+        ({"eval": ConfigDict({"every": 3})}, r"config\.eval\.\w+ is missing: its default is"),
+        ({"data": ConfigDict({"x": 3})}, r"config\.data\.\w+ is missing"),
+        ({"redraw.steps": None}, r"config\.redraw\.steps = None: must be of type int"),
+        (PAIRS | {"decoder.lora.rank": None}, r"config\.decoder\.lora\.rank = None: must be of type int"),
+    ):
+        with pytest.raises(UserError, match=said):
+            base.validate(changed(changes))
 
 
 def test_every_rule_has_an_example():
@@ -208,6 +244,7 @@ def test_every_field_of_the_default_has_a_comment():
         if isinstance(node, ast.Assign) and "  # " in lines[node.end_lineno - 1]:
             targets = [x for x in ast.walk(node.targets[0]) if isinstance(x, ast.Attribute)]
             commented |= {ast.unparse(target).removeprefix("c.") for target in targets}
-    bare = {field for field in leaves(base.default()) if field.removeprefix("optimizer.") not in commented}
+    fields = [*leaves(base.default()), *leaves(base.decoder())]
+    bare = {field for field in fields if field.removeprefix("optimizer.") not in commented}
     assert not bare
     assert len(commented) > 50

@@ -220,10 +220,10 @@ def test_only_the_rows_that_are_asked_for_are_read():
             read.append(index)
             return super().__getitem__(index)
 
-    batches = sources.Batches(Counting(0, 20), range(20), 6, seed=3)
+    batches = sources.batches(Counting(0, 20), range(20), 6, seed=3)
     whole = batches[5]
     read.clear()
-    part = batches.part(5, np.array([1, 4]))
+    part, _ = batches.read(5, np.array([1, 4]))
     assert read == whole["index"][[1, 4]].tolist()
     for name, x in part.items():
         np.testing.assert_array_equal(x, whole[name][[1, 4]])

@@ -254,7 +254,7 @@ def test_own_photographs(weights, cache, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     config = tiny.config(
         weights, steps=2, data__source="folder", data__path=str(tmp_path), eval__enabled=True, eval__batch_size=2,
-        eval__pictures=2, data__held_out=2,
+        eval__pictures=2, data__held_out=2, data__max_bad_fraction=0.5,
     )  # fmt: skip
     train.run(config, tmp_path / "run")
     assert len(lines(tmp_path / "run")) == 2

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uae_jax.data import latents, pairs
+from uae_jax.data import latents, pairs, records, sources
 from uae_jax.data.images import BadImage
+from uae_jax.data.order import Order
 from uae_jax.errors import UserError
 
 
@@ -50,11 +51,11 @@ def dataset(tmp_path):
 
 
 def test_pairs_of_tfds(dataset):
-    found = pairs.TfdsPairs(dataset, "train", "image", "caption")
+    found = records.TfdsPairs(dataset, "train", "image", "caption")
     assert [found[i].caption for i in range(len(found))] == ["text 0", "text 1", "text 2"]
     for i in range(3):
-        np.testing.assert_array_equal(pairs.picture(found[i], 8), np.full((8, 8, 3), 40 * i))
-    assert len(pairs.TfdsPairs(dataset, "train[:2]", "image", "caption")) == 2
+        np.testing.assert_array_equal(records.picture(found[i], 8), np.full((8, 8, 3), 40 * i))
+    assert len(records.TfdsPairs(dataset, "train[:2]", "image", "caption")) == 2
 
 
 def test_what_is_no_such_dataset(dataset, tmp_path):
@@ -64,7 +65,7 @@ def test_what_is_no_such_dataset(dataset, tmp_path):
         ((dataset, "train", "image", "captions/text"), "no feature 'captions/text': there is"),
     ):
         with pytest.raises(UserError, match=said) as caught:
-            pairs.TfdsPairs(*arguments)
+            records.TfdsPairs(*arguments)
         assert "\n" not in str(caught.value)
 
 
@@ -81,13 +82,13 @@ def files(tmp_path):
     for i in range(5):
         Image.fromarray(np.full((9, 9, 3), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"no picture")
-    return [pairs.Pair(tmp_path / f"{i}.png", str(i)) for i in range(5)]
+    return [records.Pair(tmp_path / f"{i}.png", str(i), f"{i}.png") for i in range(5)]
 
 
 def test_pictures_are_encoded_once(files, tmp_path):
     folder = tmp_path / "kept"
     for _ in range(2):
-        found = latents.cached(folder, files, 8, encode, batch=2, rows=3)
+        found = latents.cached(folder, 5, sources.Pictures(files, 8).picture, 8, encode, batch=2, rows=3)
         for i in (0, 1, 3, 4):
             assert found[i].shape == (1, 1, 3) and (found[i] == 10 * i).all()
         with pytest.raises(BadImage):
@@ -96,10 +97,12 @@ def test_pictures_are_encoded_once(files, tmp_path):
     # ... and one that was stopped goes on
     for name in ("index.json", "00001.safetensors"):
         (folder / name).unlink()
-    assert (latents.cached(folder, files, 8, encode, batch=2, rows=3)[4] == 40).all() and encode.calls == 8
+    assert (
+        latents.cached(folder, 5, sources.Pictures(files, 8).picture, 8, encode, batch=2, rows=3)[4] == 40
+    ).all() and encode.calls == 8
     (folder / "00001.safetensors").unlink()
     with pytest.raises(UserError, match="encoded again"):
-        latents.cached(folder, files, 8, encode, batch=2, rows=3)
+        latents.cached(folder, 5, sources.Pictures(files, 8).picture, 8, encode, batch=2, rows=3)
 
 
 def test_they_are_those_of_the_same_vae_and_pictures_only(files, tmp_path):
@@ -109,7 +112,7 @@ def test_they_are_those_of_the_same_vae_and_pictures_only(files, tmp_path):
     (vae / "model.safetensors").write_bytes(b"abc")
 
     def key(dtype="float32", size=8):
-        return latents.key(vae, dtype, size, latents.identity(files))
+        return latents.key(vae, dtype, size, records.identity(files))
 
     first = key()
     assert first == key() and len({first, key("bfloat16"), key(size=16)}) == 3
@@ -124,9 +127,8 @@ def test_batches_hold_latents_in_place_of_pictures(files, tmp_path):
         def encode_batch(self, texts, add_special_tokens):
             return [type("Encoding", (), {"ids": [int(text) + 1]}) for text in texts]
 
-    kept = latents.cached(tmp_path / "kept", files, 8, encode, batch=2)
+    kept = latents.cached(tmp_path / "kept", 5, sources.Pictures(files, 8).picture, 8, encode, batch=2)
     settings = {
-        "image_size": 8,
         "batch_size": 5,
         "length": 3,
         "end_token": 0,
@@ -134,8 +136,9 @@ def test_batches_hold_latents_in_place_of_pictures(files, tmp_path):
         "negative": (),
         "seed": 0,
     }
-    images = pairs.PairBatches(files, Words(), **settings)[0]
-    found = pairs.PairBatches(files, Words(), **settings, latents=kept)[0]
+    source = sources.Pictures(files, 8), Order([range(5)], [1.0], 0)
+    images = pairs.PairBatches(*source, Words(), **settings)[0]
+    found = pairs.PairBatches(*source, Words(), **settings, latents=kept)[0]
     assert found.keys() == {"moments", "tokens", "length"}
     np.testing.assert_array_equal(found["moments"][:, 0, 0], images["image"][:, 0, 0])
     jax.tree.map(np.testing.assert_array_equal, found["tokens"], images["tokens"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from uae_jax.data import images, sources
+from uae_jax.data import images, records, sources
 from uae_jax.data.shapes import render, scene
 from uae_jax.errors import UserError
 
@@ -119,7 +119,7 @@ def test_broken_files_raise_bad_image(tmp_path):
     for name in [*broken(tmp_path), "missing.png"]:
         with pytest.raises(images.BadImage) as caught:
             images.load_image(tmp_path / name)
-        assert caught.value.path == tmp_path / name and caught.value.reason
+        assert caught.value.path == str(tmp_path / name) and caught.value.reason
         assert name in str(caught.value) and "\n" not in str(caught.value)
         assert isinstance(caught.value, UserError)
 
@@ -177,51 +177,50 @@ def test_shapes_source():
             source[i]
 
 
-def test_folder_source_lists_sorted_and_skips_broken(tmp_path, caplog):
+def test_a_folder_is_listed_sorted_and_its_pictures_are_read(tmp_path):
     (tmp_path / "sub").mkdir()
-    bad = broken(tmp_path)
     good = ["B.JPG", "a.jpeg", "sub/c.PNG", "sub/d.gif", "z.bmp"]
     for i, name in enumerate(good):
         write(tmp_path / name, np.full((20, 30, 3), 40 * i, np.uint8))
     (tmp_path / "notes.txt").write_text("no picture")
-    with caplog.at_level(logging.WARNING):
-        source = sources.FolderSource(tmp_path, 24)
-    assert source.paths == sorted(tmp_path / name for name in good) and len(source) == 5
-    assert set(source.skipped) == {tmp_path / name for name in bad} and all(source.skipped.values())
-    for name in bad:
-        assert sum(name in record.getMessage() for record in caplog.records) == 1
-    assert "5 of 10 images skipped" in caplog.text and "notes" not in caplog.text
-    for i, path in enumerate(source.paths):
+    found = records.read_folder(tmp_path)
+    assert [pair.name for pair in found] == sorted(good) and {pair.caption for pair in found} == {""}
+    source = sources.Pictures(found, 24)
+    for i, pair in enumerate(found):
         item = source[i]
-        assert item["path"] == path and item["image"].shape == (24, 24, 3) and item["image"].dtype == np.uint8
-        np.testing.assert_allclose(item["image"], 40 * good.index(str(path.relative_to(tmp_path))), atol=3)
+        assert item["image"].shape == (24, 24, 3) and item["image"].dtype == np.uint8
+        np.testing.assert_allclose(item["image"], 40 * good.index(pair.name), atol=3)
+    for i in (-1, 5):
+        with pytest.raises(IndexError):
+            source[i]
 
 
-def test_folder_source_reads_lazily_when_large(tmp_path, monkeypatch):
-    folder(tmp_path, 4)
-    eager = sources.FolderSource(tmp_path, 24)
+def test_pictures_stay_in_memory_while_they_are_few(tmp_path, monkeypatch):
+    found = records.read_folder(folder(tmp_path, 4))
+    eager = sources.Pictures(found, 24)
     monkeypatch.setattr(sources, "KEEP_BYTES", 4 * 24 * 24 * 3)
-    lazy = sources.FolderSource(tmp_path, 24)
+    lazy = sources.Pictures(found, 24)
     for i in range(4):
         np.testing.assert_array_equal(eager[i]["image"], lazy[i]["image"])
-    eager.paths[2].unlink()
+    found[2].image.unlink()
     eager[2]  # kept in memory
     with pytest.raises(images.BadImage, match=r"02\.png"):
         lazy[2]
 
 
-def test_folder_source_errors(tmp_path):
+def test_what_is_no_folder_of_pictures(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
-        sources.FolderSource(tmp_path / "nowhere", 24)
+        records.read_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="none of 0 files"):
-        sources.FolderSource(tmp_path, 24)
+        records.read_folder(tmp_path)
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match="none of 1 files"):
-        sources.FolderSource(tmp_path, 24)
+        records.read_folder(tmp_path)
     for i in range(7):
         (tmp_path / f"{i}.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"none of the 7 images .*0\.png \(not an image\).* and 2 more") as caught:
-        sources.FolderSource(tmp_path, 24)
+    source = sources.Pictures(records.read_folder(tmp_path), 24)
+    with pytest.raises(UserError, match=r"none of the 7 pictures .*\.png \(not an image\).* and 2 more") as caught:
+        sources.batches(source, range(7), 2, seed=0)[0]
     assert "\n" not in str(caught.value)
 
 
@@ -250,7 +249,7 @@ SOURCE = sources.ShapesSource(0, 50, 12)
 
 
 def test_batches_hold_the_images_of_their_indices():
-    ds = sources.Batches(SOURCE, range(10, 30), 6, seed=1)
+    ds = sources.batches(SOURCE, range(10, 30), 6, seed=1)
     batch = ds[3]
     assert batch["image"].shape == (6, 12, 12, 3) and batch["image"].dtype == np.uint8
     assert batch["index"].shape == (6,) and batch["index"].dtype == np.int32
@@ -262,7 +261,7 @@ def test_batches_hold_the_images_of_their_indices():
 @pytest.mark.parametrize(("n", "size"), [(20, 5), (20, 6), (7, 3), (3, 8), (1, 4)])
 def test_every_epoch_covers_every_index_once(n, size):
     indices = list(range(2, 2 + n))
-    ds = sources.Batches(SOURCE, indices, size, seed=0)
+    ds = sources.batches(SOURCE, indices, size, seed=0)
     steps = -(-3 * n // size)
     order = np.concatenate([ds[step]["index"] for step in range(steps)])
     assert len(order) == steps * size
@@ -273,15 +272,15 @@ def test_every_epoch_covers_every_index_once(n, size):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    forward = sources.Batches(SOURCE, range(50), 8, seed=5)
+    forward = sources.batches(SOURCE, range(50), 8, seed=5)
     steps = [0, 1, 2, 9, 40, 10**6]
     first = {step: forward[step]["index"] for step in steps}
-    backward = sources.Batches(SOURCE, range(50), 8, seed=5)
+    backward = sources.batches(SOURCE, range(50), 8, seed=5)
     for step in reversed(steps):
         np.testing.assert_array_equal(backward[step]["index"], first[step])
         np.testing.assert_array_equal(forward[step]["index"], first[step])
-    other = np.concatenate([sources.Batches(SOURCE, range(50), 50, seed=6)[e]["index"] for e in range(3)])
-    mine = np.concatenate([sources.Batches(SOURCE, range(50), 50, seed=5)[e]["index"] for e in range(3)])
+    other = np.concatenate([sources.batches(SOURCE, range(50), 50, seed=6)[e]["index"] for e in range(3)])
+    mine = np.concatenate([sources.batches(SOURCE, range(50), 50, seed=5)[e]["index"] for e in range(3)])
     # Neither the same order, nor the same order one epoch later.
     assert (other != mine).any() and (other[:100] != mine[50:]).any()
 
@@ -289,28 +288,30 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_batches_of_nothing():
     for indices, size in (([], 4), (range(5), 0)):
         with pytest.raises(UserError, match="batches"):
-            sources.Batches(SOURCE, indices, size, seed=0)
+            sources.batches(SOURCE, indices, size, seed=0)
 
 
 class Recorder:
     """Stands in for a dataset: notes which steps were read, by which thread; fails at one of them."""
 
     def __init__(self, fail_at=None):
-        self.read, self.threads, self.fail_at = [], set(), fail_at
+        self.steps, self.threads, self.fail_at = [], set(), fail_at
         self.arrived = threading.Condition()
 
-    def __getitem__(self, step):
+    tally = None
+
+    def read(self, step, rows):
         with self.arrived:
-            self.read.append(step)
+            self.steps.append(step)
             self.threads.add(threading.current_thread())
             self.arrived.notify_all()
         if step == self.fail_at:
             raise OSError(f"step {step}")
-        return {"step": step}
+        return {"step": step}, []
 
     def wait_for(self, count):
         with self.arrived:
-            return self.arrived.wait_for(lambda: len(self.read) >= count, timeout=5)
+            return self.arrived.wait_for(lambda: len(self.steps) >= count, timeout=5)
 
 
 def no_threads():
@@ -319,31 +320,31 @@ def no_threads():
 
 def test_prefetch_yields_in_order_and_stays_two_ahead():
     ds = Recorder()
-    stream = sources.prefetch(ds.__getitem__, 3, 9)
-    assert ds.read == []  # nothing starts before it is asked for
+    stream = sources.prefetch(ds, 3, 9)
+    assert ds.steps == []  # nothing starts before it is asked for
     assert next(stream) == {"step": 3}
-    assert ds.wait_for(3) and ds.read == [3, 4, 5]  # two ahead, and no further
+    assert ds.wait_for(3) and ds.steps == [3, 4, 5]  # two ahead, and no further
     assert [item["step"] for item in stream] == [4, 5, 6, 7, 8]
-    assert ds.read == [3, 4, 5, 6, 7, 8] and threading.current_thread() not in ds.threads
+    assert ds.steps == [3, 4, 5, 6, 7, 8] and threading.current_thread() not in ds.threads
     assert no_threads()
-    assert list(sources.prefetch(ds.__getitem__, 4, 4)) == [] and no_threads()
+    assert list(sources.prefetch(ds, 4, 4)) == [] and no_threads()
 
 
 def test_prefetch_stops_when_closed_or_when_the_consumer_raises():
     ds = Recorder()
-    stream = sources.prefetch(ds.__getitem__, 0, 10**9)
+    stream = sources.prefetch(ds, 0, 10**9)
     next(stream)
     stream.close()
-    assert len(ds.read) <= 3 and no_threads()
+    assert len(ds.steps) <= 3 and no_threads()
     with pytest.raises(KeyError):
-        for _ in (stream := sources.prefetch(Recorder().__getitem__, 0, 10**9)):
+        for _ in (stream := sources.prefetch(Recorder(), 0, 10**9)):
             raise KeyError
     stream.close()
     assert no_threads()
 
 
 def test_prefetch_passes_errors_on():
-    stream = sources.prefetch(Recorder(fail_at=2).__getitem__, 0, 9)
+    stream = sources.prefetch(Recorder(fail_at=2), 0, 9)
     assert [next(stream)["step"], next(stream)["step"]] == [0, 1]
     with pytest.raises(OSError, match="step 2"):
         next(stream)
@@ -351,6 +352,6 @@ def test_prefetch_passes_errors_on():
 
 
 def test_prefetch_equals_random_access():
-    ds = sources.Batches(SOURCE, range(50), 8, seed=5)
-    for step, batch in enumerate(sources.prefetch(ds.__getitem__, 7, 12), start=7):
+    ds = sources.batches(SOURCE, range(50), 8, seed=5)
+    for step, batch in enumerate(sources.prefetch(ds, 7, 12), start=7):
         np.testing.assert_array_equal(batch["index"], ds[step]["index"])

@@ -4,6 +4,7 @@ A config is a locked `ml_collections.ConfigDict`: a misspelt field or a value of
 checks what types cannot say.
 """
 
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from uae_jax.errors import UserError
 
 STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", "rl")
-PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
+PICTURE_SOURCES = ("folder", "jsonl", "array_record", "tfds")
 
 # Fields that may change between a run and its continuation in the same workdir.
 # Those from `mesh` on change how a step is computed, not what.
@@ -20,6 +21,7 @@ MAY_DIFFER = (
     "stage", "steps", "checkpoint", "eval", "stop_on_gap", "max_bad_steps",
     "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "heartbeat_seconds",
 )  # fmt: skip
+FREE = ("reward", "data.mixture")  # fields whose own fields are named by the user
 
 
 def default() -> ConfigDict:
@@ -96,10 +98,22 @@ def default() -> ConfigDict:
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
     c.data = ConfigDict()
-    c.data.source = "shapes"  # shapes (rendered scenes), folder (your images); captioned, stage decoder: jsonl, tfds
-    # The file holds {"image": path, "caption": text}, a line each; TFDS' folder is DATASET/VERSION, as array_record.
-    c.data.path = ""  # the folder, the file, or TFDS' folder
-    c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
+    c.data.source = "shapes"  # shapes (rendered scenes), folder, jsonl, array_record, tfds, or mixture
+    # folder: your images, with captions where it has a metadata.jsonl. jsonl: {"image": path, "caption": text}, a line
+    # each. array_record: what `python -m uae_jax.data prepare` wrote. tfds: DATASET/VERSION prepared as array_record.
+    c.data.path = ""  # the folder or file; tfds: the folder, or a name in $TFDS_DATA_DIR ("coco_captions/2014:1.1.0")
+    # Sources read together: {"photos": {"source": "folder", "path": "PHOTOS", "weight": 3.0}, "coco": {...}}
+    c.data.mixture = ConfigDict()
+    c.data.split = "train"  # of a tfds source
+    c.data.image_key = "image"  # the field (jsonl) or feature (tfds: "a/b" for one inside another) of the picture ...
+    c.data.caption_key = "caption"  # ... and of its caption, of several the first; "" in tfds: there is none
+    c.data.decoder = "pillow"  # of a tfds source's pictures: pillow (with the limits below) or tfds (its own)
+    c.data.image_size = 48  # pixels a side of the squares that images become
+    c.data.fit = "crop"  # how: crop (resize, keep the centre), random_crop, pad (all of it, on white), stretch
+    c.data.max_bytes = 64 * 2**20  # of an image's file; larger ones are refused before they are opened
+    c.data.max_pixels = 2**26  # of an image; larger ones are refused before they are decoded
+    c.data.max_bad_fraction = 0.05  # bad records are skipped, counted and named; the run stops above this share of all
+    c.data.workers = 0  # processes that read and decode images; 0: threads of this one
     c.data.batch_size = 8  # images a step, over all devices
     c.data.max_objects = 4  # shapes: objects in a scene
     c.data.held_out = 256  # images kept for evaluation, never trained on (folders: at most a quarter)
@@ -147,16 +161,13 @@ def optimizer(name: str, learning_rate: float, warmup: int = 0, decay: bool = Fa
 def decoder() -> Any:
     """The fields of stage `decoder` on pictures with captions."""
     c = ConfigDict()
-    c.steps = 10000
+    c.steps = 10000  # updates of the stage
     c.batch_size = 64  # pairs a step, over all devices
     c.trainable = r"projector/.*"  # regex over projector/..., transformer/...; "": adapters alone
     c.lora = ConfigDict()
     c.lora.rank = 0  # of low-rank adapters of the decoder, trained beside `trainable`; 0: none
     c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
     c.lora.target = r"transformer/\w*block.*"  # regex as above: kernels that get an adapter
-    c.split = "train"  # of a tfds source
-    c.image_key = "image"  # its features, or
-    c.caption_key = "caption"  # ... "a/b" inside one; of several captions the first
     c.latents = ""  # folder in which pictures are kept as the VAE's Gaussians, encoded once; "": encoded at every step
     c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
     c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
@@ -169,13 +180,17 @@ def decoder() -> Any:
 
 
 def _validate_pairs(c: ConfigDict) -> None:
-    _require(
-        stages(c) == ["decoder"], "data.source", c.data.source, 'captions are read by config.stage = "decoder" only'
-    )
-    _require(
-        "decoder" in c, "stage", c.stage, "needs the fields of uae_jax.config.decoder(), as configs/sd3_5_decoder.py"
-    )
     d = c.decoder
+    _require(
+        "latents" in d, "decoder", d.to_dict(), "is a cold start's; take uae_jax.config.decoder(), as sd3_5_decoder.py"
+    )
+    _require(
+        not d.latents or c.data.fit != "random_crop",
+        "data.fit",
+        c.data.fit,
+        "config.decoder.latents keeps one crop each",
+    )
+    _check_kinds(d, decoder(), "decoder.")
     for field in ("steps", "batch_size", "max_tokens"):
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
     for field in ("dropout", "ema"):
@@ -192,6 +207,25 @@ def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
         raise UserError(f"config.{field} = {value!r}: {remedy}")
 
 
+def _check_kinds(c: ConfigDict, like: ConfigDict, prefix: str = "") -> None:
+    """Raises UserError for the first field of `like` that is missing in `c`, or of another type there."""
+    for name, default_value in like.items():
+        field = f"{prefix}{name}"
+        if name not in c:
+            raise UserError(f"config.{field} is missing: its default is {default_value!r}")
+        kind = type(default_value)
+        fits = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        if not isinstance(c[name], fits) or (isinstance(c[name], bool) and kind is not bool):
+            raise UserError(f"config.{field} = {c[name]!r}: must be of type {kind.__name__}")
+        if kind is ConfigDict and field not in FREE:
+            _check_kinds(c[name], default_value, f"{field}.")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def _field(c: ConfigDict, name: str) -> Any:
     """The value at a dotted name."""
     value: Any = c
@@ -206,6 +240,7 @@ def _one_of(c: ConfigDict, field: str, *allowed: str) -> None:
 
 
 def _validate_optimizer(c: ConfigDict, field: str) -> None:
+    _check_kinds(_field(c, field), optimizer("adamw", 1e-4), f"{field}.")
     _one_of(c, f"{field}.name", "adamw", "muon")
     o = _field(c, field)
     _require(o.learning_rate >= 0, f"{field}.learning_rate", o.learning_rate, "must not be negative")
@@ -215,6 +250,7 @@ def _validate_optimizer(c: ConfigDict, field: str) -> None:
 
 def validate(c: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no sense."""
+    _check_kinds(c, default())
     for stage in stages(c):
         _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
     _one_of(c, "train", "encoder", "decoder", "both")
@@ -228,9 +264,7 @@ def validate(c: ConfigDict) -> None:
     _one_of(c, "rl.malformed", "keep", "group_min", "zero")
     _one_of(c, "redraw.spacing", "uniform", "diffusers")
     _one_of(c, "redraw.prediction", "velocity", "sample")
-    _one_of(c, "data.source", "shapes", "folder", *PAIR_SOURCES)
-    if c.data.source in PAIR_SOURCES:
-        _validate_pairs(c)
+    _validate_data(c)
     rl = c.rl
     _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
     _require(rl.temperature > 0, "rl.temperature", rl.temperature, "must be above 0")
@@ -244,10 +278,9 @@ def validate(c: ConfigDict) -> None:
     for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "rollout_microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
     for name, weight in rl.weights.items():
-        _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
-    for field in ("batch_size", "image_size", "held_out", "max_objects"):
-        _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
-    _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
+        _require(_is_number(weight) and weight >= 0, f"rl.weights.{name}", weight, "must be a number, not negative")
+    for name, weight in c.reward.items():
+        _require(_is_number(weight), f"reward.{name}", weight, "must be a number")
     _require(rl.advantage_eps >= 0, "rl.advantage_eps", rl.advantage_eps, "must not be negative")
     _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
@@ -285,22 +318,65 @@ def validate(c: ConfigDict) -> None:
             rl[field],
             f"must divide config.data.batch_size = {c.data.batch_size}",
         )
-    _require(
-        c.data.source == "shapes" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
-    )
     patterns = [("trainable", c.trainable), ("lora.target", c.lora.target)]
-    if c.data.source in PAIR_SOURCES:
+    if draws_pairs(c):
         patterns += [("decoder.trainable", c.decoder.trainable), ("decoder.lora.target", c.decoder.lora.target)]
     for field, pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"config.{field} = {pattern!r} is no regular expression: {error}") from None
 
 
 def added_since() -> dict[str, Any]:
     """The values of fields that an older version's configuration lacks: its runs did what are the defaults now."""
     return {name: value for name, value in default().to_dict().items() if name != "reward"}  # its fields are names
+
+
+def _validate_data(c: ConfigDict) -> None:
+    d = c.data
+    _one_of(c, "data.source", "shapes", *PICTURE_SOURCES, "mixture")
+    _one_of(c, "data.fit", "crop", "random_crop", "pad", "stretch")
+    _one_of(c, "data.decoder", "pillow", "tfds")
+    for field in ("batch_size", "image_size", "held_out", "max_objects", "max_bytes", "max_pixels"):
+        _require(d[field] >= 1, f"data.{field}", d[field], "must be at least 1")
+    _require(d.max_objects <= 4, "data.max_objects", d.max_objects, "captions hold at most 4")
+    _require(0 <= d.max_bad_fraction <= 1, "data.max_bad_fraction", d.max_bad_fraction, "must lie from 0 to 1")
+    _require(d.workers >= 0, "data.workers", d.workers, "must not be negative; 0 reads in threads")
+    if d.source in PICTURE_SOURCES:
+        _require(bool(d.path), "data.path", d.path, "name the folder with your images, the file, or the dataset")
+    _require(
+        (d.source == "mixture") == bool(d.mixture),
+        "data.mixture",
+        d.mixture.to_dict(),
+        'goes with data.source = "mixture", as {"photos": {"source": "folder", "path": "PHOTOS", "weight": 1.0}}',
+    )
+    for name, part in d.mixture.items():
+        where = f"data.mixture.{name}"
+        fields = set(part) if isinstance(part, ConfigDict) else set()
+        shown = part.to_dict() if isinstance(part, ConfigDict) else part
+        _require(fields == {"source", "path", "weight"}, where, shown, "needs the fields source, path and weight")
+        _one_of(c, f"{where}.source", *PICTURE_SOURCES)
+        named = isinstance(part.path, str) and bool(part.path)
+        _require(named, f"{where}.path", part.path, "name its folder, file or dataset")
+        weighs = _is_number(part.weight) and part.weight > 0
+        _require(weighs, f"{where}.weight", part.weight, "must be a number above 0")
+    if d.source != "shapes":
+        apart = stages(c) in (["rl"], ["decoder"])
+        _require(apart, "data.source", d.source, "is read by config.stage rl, or decoder alone; the others need shapes")
+        _require(
+            apart and (c.stage.strip() == "rl" or "decoder" in c),
+            "stage",
+            c.stage,
+            "needs the fields of uae_jax.config.decoder(), as configs/sd3_5_decoder.py",
+        )
+    if draws_pairs(c):
+        _validate_pairs(c)
+
+
+def draws_pairs(c: ConfigDict) -> bool:
+    """Stage `decoder` learns from pictures with captions, not from shapes."""
+    return stages(c) == ["decoder"] and "decoder" in c and c.data.source != "shapes"
 
 
 def stages(c: ConfigDict) -> list[str]:

@@ -21,6 +21,7 @@ from uae_jax.models.clip.config import Config as CLIPConfig
 from uae_jax.models.dinov2.config import Config as DINOv2Config
 from uae_jax.models.dinov3.config import Config as DINOv3Config
 from uae_jax.models.siglip.config import Config as SigLIPConfig
+from uae_jax.printable import printable
 
 # OpenAI CLIP's pixel statistics, and ImageNet's.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -172,8 +173,9 @@ def load(folder: Path, config: Any) -> Processing:
             if not isinstance(values, dict):
                 continue
             return declared(default, values, _seen(config))
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            what = printable(f"{type(error).__name__}: {error}")[:200]
+            raise UserError(f"{path} cannot be read ({what}): copy it again") from None
         except UserError as error:
             raise UserError(f"{path} does not fit the tower: {error}") from None
     return default

@@ -3,15 +3,15 @@
 _MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[]`"})
 
 
-def printable(text: str) -> str:
-    """`text` in one line that does nothing but show: what is not a printable character becomes its escape.
+def printable(text: object) -> str:
+    """`str(text)` in one line that does nothing but show: what is not a printable character becomes its escape.
 
     Control characters (and with them ANSI sequences and line breaks), invisible and direction-changing ones, and the
     undecodable bytes of file names: '\\x1b', '\\n', '\\u202e', '\\udcff'. Letters of any script stay.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def markdown(text: str) -> str:
+def markdown(text: object) -> str:
     """`printable`, and without a meaning in Markdown's tables, links, code and HTML."""
     return printable(text).translate(_MARKDOWN)

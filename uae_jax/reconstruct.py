@@ -118,7 +118,8 @@ def reconstruct(workdir: Path | None, paths: list[str], out: Path, config: Any =
     usable, arrays = [], []
     for path in paths:
         try:
-            arrays.append(images.fit(images.load_image(path), config.data.image_size))
+            limits = images.Limits(config.data.max_bytes, config.data.max_pixels)
+            arrays.append(images.fit(images.load_image(path, limits), config.data.image_size, config.data.fit))
             usable.append(path)
         except images.BadImage as error:
             print(f"skipped {printable(str(error))}", file=sys.stderr)

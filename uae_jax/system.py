@@ -20,6 +20,7 @@ from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae.model import AutoencoderKL
+from uae_jax.printable import printable
 from uae_jax.sampling import scheduler as schedulers
 from uae_jax.sampling.tokens import Segment, content_lengths
 from uae_jax.umm import Family, Params, autoregressive, caption, decoder, diffusion
@@ -65,11 +66,14 @@ def weights_folder(config: Any) -> Path:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json of the folder of a model that captions."""
+    """tokenizer.json of the folder of a model that captions. Raises UserError where there is none, or it is damaged."""
     file = path / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: the captioner's folder must hold its tokenizer")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no other kind
+        raise UserError(f"{file} cannot be read ({printable(error)[:200]}): copy it again") from None
 
 
 def towers_folder(config: Any) -> Path:

@@ -122,10 +122,15 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             at, why = first, program.watch(history)[1] if history else None
             last = time.monotonic()
             batches = sources.prefetch(
-                lambda step: program.batches.part(step, rows), first, first if why else program.steps
+                program.batches,
+                first,
+                first if why else program.steps,
+                config.data.workers,
+                lambda batch: sharding.place_rows(batch, rows, size, mesh),
+                rows,
             )
             for at, batch in enumerate(batches, first + 1):
-                state, metrics = compiled(state, frozen, sharding.place_rows(batch, rows, size, mesh))
+                state, metrics = compiled(state, frozen, batch)
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
                 now = time.monotonic()
                 tokens = metrics.pop("caption/tokens", None)
@@ -147,7 +152,7 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
                 stop = hosts.any_of(bool(stopped))  # all at the same step
                 saver.save(at, state, bool(stop or why or done or too_bad), metrics)
                 if too_bad:
-                    writer.arrays(at, "bad_batch", **batch)
+                    writer.arrays(at, "bad_batch", **hosts.to_host(batch))
                     raise UserError(
                         f"{workdir}: the gradients of {in_a_row} steps in a row were not finite, and their updates left"
                         f" out: stopped at step {at}, with the last good weights saved, and the last batch in samples/"

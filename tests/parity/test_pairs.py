@@ -11,7 +11,10 @@ from uae_jax import config as configs
 from uae_jax import sharding, train
 from uae_jax.convert import __main__ as convert
 from uae_jax.convert import folder, pooled
-from uae_jax.data.pairs import PairBatches, read_pairs
+from uae_jax.data.order import Order
+from uae_jax.data.pairs import PairBatches
+from uae_jax.data.records import read_pairs
+from uae_jax.data.sources import Pictures
 from uae_jax.errors import UserError
 from uae_jax.stages import build, pairs
 
@@ -44,7 +47,6 @@ def file(tmp_path):
 
 def batches(file, **changes):
     values = {
-        "image_size": 16,
         "batch_size": 3,
         "length": 4,
         "end_token": 0,
@@ -52,7 +54,8 @@ def batches(file, **changes):
         "negative": (7,),
         "seed": 1,
     }
-    return PairBatches(read_pairs(file), Words(), **(values | changes))
+    pictures = Pictures(read_pairs(file), 16)
+    return PairBatches(pictures, Order([range(len(pictures))], [1.0], 1), Words(), **(values | changes))
 
 
 def test_every_epoch_holds_every_pair_and_a_step_repeats_itself(file):
@@ -104,7 +107,7 @@ def decoder_config(where, file, **changes):
     """A run of two steps on the weights of `where`."""
     c = whole.write(where, "sd3").unlock()
     c.stage, c.data.source = "decoder", "jsonl"
-    c.data.path = str(file)
+    c.data.path, c.data.max_bad_fraction = str(file), 0.5  # one of six is broken
     c.decoder = configs.decoder()
     c.decoder.steps, c.decoder.batch_size, c.decoder.max_tokens, c.decoder.ema = 2, 2, 8, 0.5
     c.decoder.optimizer.warmup = 0
@@ -184,8 +187,8 @@ def test_the_weights_it_starts_from_are_not_overwritten(file, tmp_path):
         pairs.build(c, tmp_path, None)
 
 
-def test_captions_are_for_the_decoder_only(file, tmp_path):
+def test_stages_that_read_scenes_refuse_pictures(file):
     c = configs.default().unlock()
-    c.data.source, c.data.path = "jsonl", str(file)
+    c.stage, c.data.source, c.data.path = "captioner", "jsonl", str(file)
     with pytest.raises(UserError, match=r"data\.source"):
         configs.validate(c.lock())

@@ -89,8 +89,8 @@ def _read_shards(folder: Path, index: Path) -> tuple[dict[str, Header], list[str
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
-        outside = [shard for shard in shards if Path(shard).name != shard]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        outside = [shard for shard in shards if Path(shard).name != shard or "\0" in shard]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} is not an index of safetensors: copy it again") from None
     if outside:
         raise UserError(f"{index} names {outside[0]!r}, which is no file beside it: do not use this folder")
@@ -138,9 +138,15 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def map_tensors(headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
-    """Read-only views of the files: a slice, transposed or not, reads just its own bytes, when it is used."""
+    """Read-only views of the files: a slice, transposed or not, reads just its own bytes, when it is used.
+
+    Raises:
+      UserError: a tensor is of a type that is not read.
+    """
     files: dict[Path, np.ndarray] = {}
     for header in headers.values():
+        if header.dtype not in DTYPES:
+            raise UserError(f"{header.path}: a tensor is of type {header.dtype}, not one of {', '.join(DTYPES)}")
         if header.path not in files:
             files[header.path] = np.asarray(np.memmap(header.path, np.uint8, "r"))
     return {name: files[x.path][x.begin : x.end].view(DTYPES[x.dtype]).reshape(x.shape) for name, x in headers.items()}

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +39,12 @@ from uae_jax.models.t5 import config as t5_config
 from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
+from uae_jax.printable import printable
 from uae_jax.sharding import Rules, below
 
 # Names that `config.weights` may have instead of a path: the tiny worlds.
 SHIPPED = ("", "tiny", "tiny_ar")
+MOST_LAYERS = 10_000  # of a model
 
 
 class Architecture(NamedTuple):
@@ -138,9 +141,10 @@ class Checkpoint(NamedTuple):
 
 
 def architecture(config: dict[str, Any]) -> str:
-    """The class that a config.json names, in transformers' or diffusers' way."""
-    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
-    return named or _BY_TYPE.get(config.get("model_type", ""), "")
+    """The class that a config.json names, in transformers' or diffusers' way; "" where it names none."""
+    classes = config.get("architectures") or [""]
+    named = config.get("_class_name") or (classes[0] if isinstance(classes, list) else classes)
+    return str(named or _BY_TYPE.get(str(config.get("model_type")), ""))
 
 
 def rules_of(config: Any, mesh: Mesh | None) -> Rules:
@@ -171,11 +175,20 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.json: name a folder of converted or downloaded weights") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({printable(error)}): copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object: copy it again")
     return values
+
+
+def _check_counts(values: Any) -> None:
+    """Raises UserError where config.json asks for so many layers that a list of their weights would fill the memory."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            _check_counts(value)
+        elif re.search("layers|blocks|depth", str(key)) and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"config.json: {key} = {value} is more than {MOST_LAYERS}: copy it again")
 
 
 def open_model(folder: Path) -> Checkpoint:
@@ -191,10 +204,14 @@ def open_model(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}/config.json: architecture {kind!r} is not one of {', '.join(sorted(ARCHITECTURES))}")
     known = ARCHITECTURES[kind]
     try:
+        _check_counts(raw)
         config = known.config.from_hf(raw)
         table = known.table(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another kind
+        what = printable(f"{type(error).__name__}: {error}")[:200]
+        raise UserError(f"{folder}/config.json does not describe a {kind} ({what}): copy it again") from error
     stem, headers, problems = files.read_headers(folder)
     headers = {name: header for name, header in headers.items() if name not in known.buffers}
     problems += [

@@ -16,7 +16,6 @@ import numpy as np
 
 from uae_jax import hosts, storage
 from uae_jax.convert import files
-from uae_jax.data import pairs
 from uae_jax.data.images import BadImage
 from uae_jax.errors import UserError
 
@@ -32,7 +31,7 @@ def key(vae: Path, dtype: str, image_size: int, source: str) -> str:
     Args:
       vae: its folder.
       dtype: it computes in.
-      source: `identity` of the pictures.
+      source: `records.identity` of the pictures, and how they are fitted.
     """
     found = hashlib.sha256(json.dumps([dtype, image_size, source]).encode())
     for path in sorted(path for path in vae.iterdir() if path.suffix in (".json", ".safetensors")):
@@ -41,19 +40,6 @@ def key(vae: Path, dtype: str, image_size: int, source: str) -> str:
             while part := file.read(_CHUNK):
                 found.update(part)
     return found.hexdigest()[:32]
-
-
-def identity(source: pairs.Pairs) -> str:
-    """What tells the pictures of one source from those of another."""
-    if isinstance(source, pairs.TfdsPairs):
-        return source.name
-    found = hashlib.sha256()
-    for i in range(len(source)):
-        path = source[i].image
-        assert isinstance(path, Path)
-        at = path.stat() if path.is_file() else None
-        found.update(json.dumps([str(path.resolve()), at and at.st_size, at and at.st_mtime_ns]).encode())
-    return found.hexdigest()
 
 
 class Latents:
@@ -79,15 +65,25 @@ class Latents:
         return self._files[index // self._rows][index % self._rows]
 
 
-def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, batch: int, rows: int = ROWS) -> Latents:
-    """The Gaussians of all pictures of `source` from `folder`, which is filled first where it has none.
+def cached(
+    folder: Path,
+    count: int,
+    picture: Callable[[int], np.ndarray],
+    image_size: int,
+    encode: Encode,
+    batch: int,
+    rows: int = ROWS,
+) -> Latents:
+    """The Gaussians of all pictures from `folder`, which is filled first where it has none.
 
     A run that is stopped meanwhile goes on behind the last complete file. Several processes encode together, the first
     writes.
 
     Args:
       folder: FOLDER/KEY.
-      image_size: the pictures are fitted to this.
+      count: how many pictures there are.
+      picture: one by its number, uint8 [S, S, 3], raising BadImage.
+      image_size: S.
       encode: the VAE.
       batch: pictures that it is given at once.
       rows: pictures a file.
@@ -98,27 +94,27 @@ def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, b
     if hosts.from_first((folder / "index.json").is_file):
         return Latents(folder)
     bad: list[int] = []
-    for number, start in enumerate(range(0, len(source), rows)):
+    for number, start in enumerate(range(0, count, rows)):
         path, note = folder / f"{number:05}.safetensors", folder / f"{number:05}.bad.json"
         kept = hosts.from_first(lambda path=path, note=note: path.is_file() and json.loads(note.read_text()))
         if kept is not False:
             bad += kept
             continue
         parts, missing = [], []
-        for first in range(start, min(start + rows, len(source)), batch):
+        for first in range(start, min(start + rows, count), batch):
             images = np.zeros((batch, image_size, image_size, 3), np.uint8)
-            count = min(batch, start + rows - first, len(source) - first)
-            for i in range(count):
+            filled = min(batch, start + rows - first, count - first)
+            for i in range(filled):
                 try:
-                    images[i] = pairs.picture(source[first + i], image_size)
+                    images[i] = picture(first + i)
                 except BadImage:
                     missing.append(first + i)
-            parts.append(encode(images)[:count])
+            parts.append(encode(images)[:filled])
         moments = np.concatenate(parts)
         if hosts.first():
             storage.write_atomic(note, json.dumps(missing).encode())
             storage.write_atomic(path, files.one({"moments": moments}))
         bad += missing
-    index = json.dumps({"pairs": len(source), "rows": rows, "bad": bad}).encode()
+    index = json.dumps({"pairs": count, "rows": rows, "bad": bad}).encode()
     hosts.on_first(lambda: storage.write_atomic(folder / "index.json", index))
     return Latents(folder)

@@ -1,11 +1,12 @@
 """What can be trained, each as a `Program` for the outer loop: the supervised cold start, and RL."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from uae_jax.data.order import Bad, Tally
 from uae_jax.gap import Watch
 from uae_jax.sharding import Rules
 from uae_jax.step import Metrics, State
@@ -16,8 +17,10 @@ class Batches(Protocol):
 
     batch_size: int  # rows of a batch, over all processes
 
-    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Some rows of a batch: arrays [len(rows), ...]."""
+    tally: Tally | None  # counts what `read` skips
+
+    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """A batch, or some rows of it: arrays [len(rows), ...]; and the records that had to be skipped for them."""
         ...
 
 

@@ -27,7 +27,7 @@ def build(stage: str, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Pr
     """
     if stage == "rl":
         return rl.build(config, workdir, mesh)
-    if stage == "decoder" and config.data.source in configs.PAIR_SOURCES:
+    if stage == "decoder" and configs.draws_pairs(config):
         return pairs.build(config, workdir, mesh)
     if "models" not in config or stage not in config:
         like = "tiny_ar_coldstart" if stage in ("tokenizer", "joint") else "tiny_coldstart"

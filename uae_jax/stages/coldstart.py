@@ -1,6 +1,6 @@
 """What the supervised stages of the tiny world share: rendered batches, a plain training step, initial weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from uae_jax.convert import folder
+from uae_jax.data.order import Bad
 from uae_jax.data.shapes.render import render
 from uae_jax.data.shapes.scene import MAX_OBJECTS, Scene, sample_scene, split_seed
 from uae_jax.step import Metrics, State, apply_gradient
@@ -19,6 +20,8 @@ Loss = Callable[[Params, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array,
 
 class SceneBatches:
     """Fresh scenes at every step: batch `step` is a pure function of (seed, step)."""
+
+    tally = None  # what is drawn here is never bad
 
     def __init__(
         self,
@@ -41,9 +44,10 @@ class SceneBatches:
         images = np.stack([render(scene, self.image_size) for scene in scenes])
         return {"image": images} | self.fields(scenes, np.random.default_rng([self.seed, step, 1]), step)
 
-    def part(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`self[step]`'s rows; scenes draw from one stream, so that all are made."""
-        return {name: x[rows] for name, x in self[step].items()}
+    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+        """The batch of a step, or these rows of it; scenes draw from one stream, so that all are made."""
+        batch = self[step]
+        return (batch if rows is None else {name: x[np.asarray(rows)] for name, x in batch.items()}), []
 
 
 def uniform_scenes(seed: int, step: int, batch_size: int) -> list[Scene]:

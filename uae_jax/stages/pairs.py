@@ -17,7 +17,8 @@ from flax import traverse_util
 
 from uae_jax import hosts, lora, optimizers, sharding, system
 from uae_jax.convert import folder, transfer
-from uae_jax.data import latents, pairs
+from uae_jax.data import latents, pairs, records, sources
+from uae_jax.data.order import Order
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -35,7 +36,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program; `finish` writes workdir/weights, a folder of weights with the trained parts in it.
 
     Raises:
-      UserError: see `system.load_decoder` and `pairs.read_pairs`; or `config.decoder.trainable` matches nothing; or
+      UserError: see `system.load_decoder` and `records.open_source`; or `config.decoder.trainable` matches nothing; or
         the run would overwrite the weights that it starts from.
     """
     where = system.weights_folder(config)
@@ -43,7 +44,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         raise UserError(f"config.weights = {str(where)!r} is where this run writes its own: choose another --workdir")
     settings = config.decoder
     dtype = jnp.dtype(config.dtype)
-    source = read(config)
+    source, groups, weights, tally = sources.open_pictures(config)
     captioner = folder.load_model(where / "captioner", mesh, dtype)
     tokenizer = system.load_tokenizer(where / "captioner")
     drawn_by, frozen = system.load_decoder(where, config, mesh)
@@ -119,8 +120,8 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
         step=sharding.under(mesh, coldstart.supervised_step(loss, optimizer, settings.ema)),
         batches=pairs.PairBatches(
             source,
+            Order(groups, weights, config.seed),
             tokenizer,
-            image_size=size,
             batch_size=settings.batch_size,
             length=settings.max_tokens,
             end_token=prompts.end_token,
@@ -128,6 +129,7 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
             negative=prompts.negative,
             seed=config.seed,
             latents=kept(config, where / "vae", modules.vae, frozen.get("vae"), source, mesh),
+            tally=tally,
         ),
         steps=settings.steps,
         columns={"loss": ("loss", ".4f"), "caption/length": ("length", ".1f")},
@@ -136,16 +138,13 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     )
 
 
-def read(config: Any) -> pairs.Pairs:
-    """The pairs that `config.data` names."""
-    if config.data.source == "jsonl":
-        return pairs.read_pairs(config.data.path)
-    settings = config.decoder
-    return pairs.TfdsPairs(config.data.path, settings.split, settings.image_key, settings.caption_key)
-
-
 def kept(
-    config: Any, where: Path, vae: AutoencoderKL | None, params: Params, source: pairs.Pairs, mesh: jax.sharding.Mesh
+    config: Any,
+    where: Path,
+    vae: AutoencoderKL | None,
+    params: Params,
+    source: sources.Pictures,
+    mesh: jax.sharding.Mesh,
 ) -> latents.Latents | None:
     """The pictures' Gaussians in `config.decoder.latents`, encoded first if it has not got them; None without a folder.
 
@@ -157,13 +156,16 @@ def kept(
     if vae is None:
         raise UserError(f"config.decoder.latents = {config.decoder.latents!r}: there is no {where} to encode with")
     size = config.data.image_size
-    place = Path(config.decoder.latents) / latents.key(where, config.dtype, size, latents.identity(source))
+    identity = records.identity(source.pairs)
+    if config.data.fit != "crop":
+        identity += f" {config.data.fit}"
+    place = Path(config.decoder.latents) / latents.key(where, config.dtype, size, identity)
     compiled = jax.jit(lambda p, x: decoder.moments_from_pixels(x.astype(jnp.float32) / 255.0, vae, p))
 
     def encode(images: np.ndarray) -> np.ndarray:
         return hosts.to_host(compiled(params, sharding.place_batch({"image": images}, mesh)["image"]))
 
-    return latents.cached(place, source, size, encode, config.decoder.batch_size)
+    return latents.cached(place, len(source), source.picture, size, encode, config.decoder.batch_size)
 
 
 def write_weights(source: Path, target: Path, learnt: Params, alpha: float) -> None:

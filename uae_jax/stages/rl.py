@@ -13,9 +13,12 @@ from uae_jax import gap, hosts, optimizers, pictures, rewards, sharding, step, s
 from uae_jax.bench import scores
 from uae_jax.bench.held_out import Evaluation, Evaluator
 from uae_jax.data import sources
+from uae_jax.data.images import BadImage
+from uae_jax.data.order import Bad, Order
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import split_seed
 from uae_jax.data.text import decode_captions
+from uae_jax.errors import UserError
 from uae_jax.stages import Program
 from uae_jax.step import STARTING_WEIGHTS, Metrics, State
 from uae_jax.umm import Params
@@ -108,8 +111,12 @@ def start(config: Any, built: system.System) -> tuple[State, optax.GradientTrans
     return State(jnp.int32(0), jax.random.key(config.seed), params, opt_state, jnp.int32(0)), optimizer
 
 
-def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
-    """Training batches by step, held-out images uint8 [n, H, W, 3], and their scenes where these are known."""
+def load_data(config: Any) -> tuple[sources.Batches, np.ndarray, list[Any] | None]:
+    """Training batches by step, held-out images uint8 [n, H, W, 3], and their scenes where these are known.
+
+    Raises:
+      UserError: see `records.open_source`; or too many of the held-out images are bad.
+    """
     data = config.data
     train: sources.Source
     if data.source == "shapes":
@@ -119,13 +126,31 @@ def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
         examples = [held_out[i] for i in range(len(held_out))]
         indices: Any = range(len(train))
         scenes = [example["scene"] for example in examples]
-    else:
-        train = sources.FolderSource(data.path, data.image_size)
-        indices, kept = sources.split(train, data.held_out)
-        examples = [train[i] for i in kept]
-        scenes = None
-    batches = sources.Batches(train, indices, data.batch_size, config.seed)
-    return batches, np.stack([example["image"] for example in examples]), scenes
+        images = np.stack([example["image"] for example in examples])
+        return sources.batches(train, indices, data.batch_size, config.seed), images, scenes
+    train, groups, weights, tally = sources.open_pictures(config)
+    taught, kept = [], []
+    for group, weight in zip(groups, weights, strict=True):  # each part gives its share of the held-out images
+        some, others = sources.split(group, max(1, round(data.held_out * weight / sum(weights))))
+        taught.append([group[i] for i in some])
+        kept += [group[i] for i in others]
+    images, bad = held_out_images(train, kept)
+    tally.add(bad)
+    if not len(images):
+        shown = "; ".join(f"{name} ({reason})" for name, reason in bad[:5])
+        raise UserError(f"none of the {len(bad)} held-out images can be read: {shown}")
+    return sources.Batches(train, Order(taught, weights, config.seed), data.batch_size, tally), images, None
+
+
+def held_out_images(source: sources.Source, indices: list[int]) -> tuple[np.ndarray, list[Bad]]:
+    """Those that can be read, uint8 [n, H, W, 3], and what is wrong with the others."""
+    found, bad = [], []
+    for index in indices:
+        try:
+            found.append(source[index]["image"])
+        except BadImage as error:
+            bad.append(Bad(error.path, error.reason))
+    return np.stack(found) if found else np.zeros((0,)), bad
 
 
 class Gallery:
