@@ -54,8 +54,10 @@ def test_something_must_be_compared():
 
 
 class Batches:
-    def __getitem__(self, step):
-        return {"image": np.zeros((1, 2, 2, 3), np.uint8)}
+    batch_size, tally = 1, None
+
+    def read(self, step, rows):
+        return {"image": np.zeros((1, 2, 2, 3), np.uint8)}, []
 
 
 def test_a_hacked_run_stops_saved_and_stays_stopped(tmp_path):
@@ -66,11 +68,13 @@ def test_a_hacked_run_stops_saved_and_stays_stopped(tmp_path):
         def step(state, frozen, batch):
             at = state.step + 1
             fooled = jnp.where(at >= HACKED, 0.0 if honest else 0.5, 0.0) + 0.01 * at
-            return state.replace(step=at), {"tower/clip": fooled, "tower/dinov2": 0.01 * at, "reward/mean": fooled}
+            towers = {"tower/clip": fooled, "tower/dinov2": 0.01 * at}
+            return state.replace(step=at), towers | {"reward/mean": fooled, "bad_steps": state.bad_steps}
 
         return Program(
             state=coldstart.initial_state(jax.random.key(0), {"w": jnp.zeros(1)}, optax.sgd(0.1)),
-            frozen={}, step=step, batches=Batches(), steps=60, columns={}, evaluate=lambda state, writer: {},
+            frozen={}, rules=(("w", sharding.Split.COPIED),), step=step, batches=Batches(), steps=60, columns={},
+            evaluate=lambda state, writer: {},
             finish=lambda state, writer: ended.append(int(state.step)), watch=gap.watch(config(bound)),
         )  # fmt: skip
 
