@@ -5,6 +5,8 @@ import json
 import logging
 import pickle
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests import tiny
-from uae_jax import evaluate, pictures, reconstruct, report, runtime, system
+from uae_jax import evaluate, from_text, pictures, reconstruct, report, runtime, sharding, system
 from uae_jax.bench import caption_duel, scores, unified_bench
 from uae_jax.convert import files
 from uae_jax.data import sources
@@ -84,10 +86,10 @@ def test_reports_in_markdown(tmp_path):
         **{name: [] for name in unified_bench.LISTED},
     }
     duel = {"by_judge": {HOSTILE: {"win_rate": dict.fromkeys("abc"), **dict.fromkeys(caption_duel.OUTCOMES, 0)}}}
-    run = report.Run(tmp_path, [], *[{HOSTILE: scores.Score(np.zeros(3), None)} for _ in range(2)])
+    run = report.Run(tmp_path, [], *[{HOSTILE: scores.Score(np.zeros(3), np.ones(3))} for _ in range(2)])
     tables = [unified_bench.markdown(result), caption_duel.markdown(duel | {"average": None}), report.table([run])]
     for text in tables:
-        assert r"a\x1b[2J" in text and not ACTIVE.search(text)
+        assert r"a\x1b&#91;2J" in text and not ACTIVE.search(text)
         assert "<script>" not in text and "[x]" not in text
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert all(line.count("|") in {row.count("|") for row in rows if row.startswith("|---")} for line in rows)
@@ -192,15 +194,11 @@ def test_the_command_that_turns_pickles_quotes_the_folder(tmp_path):
     with pytest.raises(UserError) as caught:
         files.read_headers(folder)
     command = str(caught.value).split("run ", 1)[1]
-    import shlex
-
     assert shlex.split(command)[-1] == str(folder)
 
 
 def test_code_in_a_model_folder_is_not_run(weights, tmp_path):
     """What transformers runs under trust_remote_code: modules that config.json and tokenizer_config.json name."""
-    import shutil
-
     shutil.copytree(weights, tmp_path / "weights")
     mark = tmp_path / "mark"
     evil = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Evil: pass\n"
@@ -213,16 +211,12 @@ def test_code_in_a_model_folder_is_not_run(weights, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"auto_map": named}))
         tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}, "tokenizer_class": "Evil"}
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    from uae_jax import sharding
-
     config = tiny.config(tmp_path / "weights")
     system.load(config, sharding.make_mesh(config))
     assert not mark.exists() and not any("evil" in name for name in sys.modules)
 
 
 def test_pictures_are_written_below_their_folder_whatever_prompts_say(tmp_path):
-    from uae_jax import from_text
-
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "../../x", "name": "../../y", "path": "/etc"}) + "\n")
     prompts = from_text.read_prompts(tmp_path / "prompts.jsonl")
     before = set(tmp_path.rglob("*"))
@@ -256,7 +250,7 @@ def test_images_are_data(tmp_path):
         r"allow_pickle\s*=\s*True",
         r"np\.load\((?!.*allow_pickle=False)",
         r"trust_remote_code(?!\W*False)",
-        r"\b(eval|exec)\(",
+        r"(?<![.\w])(eval|exec)\(",
         r"\.extractall\(|unpack_archive\(",
         r"shell\s*=\s*True|os\.system\(",
         r"yaml\.(unsafe_)?load\(",
@@ -268,12 +262,6 @@ def test_the_code_does_without(what):
     pattern = re.compile(what, re.MULTILINE)
     found = {str(path.relative_to(ROOT)): pattern.findall(text) for path, text in CODE.items() if pattern.search(text)}
     assert not found
-
-
-def test_every_load_of_transformers_leaves_remote_code_off():
-    """Its default; and a folder's `auto_map` is no reason to ask."""
-    loads = [(path, m) for path, text in CODE.items() for m in re.findall(r"\w+\.from_pretrained\([^)]*\)", text)]
-    assert all("trust_remote_code" not in call for _, call in loads)
 
 
 def test_what_evaluate_prints_of_failures_is_escaped():
