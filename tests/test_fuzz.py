@@ -274,5 +274,5 @@ def test_what_is_damaged_is_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     for name in (3, "../model.safetensors", "a/b.safetensors", "\0"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-        with pytest.raises(UserError, match="not an index|no file beside it"):
+        with pytest.raises(UserError, match=r"not an index|no file beside it"):
             files.read_headers(tmp_path)

@@ -19,7 +19,7 @@ from tests import tiny
 from uae_jax import evaluate, from_text, pictures, reconstruct, report, runtime, sharding, system
 from uae_jax.bench import caption_duel, scores, unified_bench
 from uae_jax.convert import files
-from uae_jax.data import sources
+from uae_jax.data import images, records, sources
 from uae_jax.errors import UserError
 from uae_jax.metrics import Writer
 from uae_jax.printable import markdown, printable
@@ -235,8 +235,13 @@ def test_images_are_data(tmp_path):
     (tmp_path / "data" / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n")
     (tmp_path / "data" / "svg.jpg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>x</script></svg>')
     (tmp_path / "data" / "pickle.gif").write_bytes(pickle.dumps(Exploit(tmp_path / "mark")))
-    source = sources.FolderSource(tmp_path / "data", 48)
-    assert [path.name for path in source.paths] == ["good.png"] and len(source.skipped) == 3
+    pairs = records.read_folder(tmp_path / "data")
+    assert [pair.image.name for pair in pairs] == ["eps.png", "good.png", "pickle.gif", "svg.jpg"]
+    source = sources.Pictures(pairs, 48)
+    assert source[1]["image"].shape == (48, 48, 3)
+    for i in (0, 2, 3):
+        with pytest.raises(images.BadImage):
+            source[i]
     assert not (tmp_path / "mark").exists()
 
 
