@@ -7,6 +7,7 @@ KEY is a hash of all that they depend on: the VAE's config.json and weights, the
 and the pictures (of files: path, size and time of change).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -79,6 +80,11 @@ class Latents:
         return self._files[index // self._rows][index % self._rows]
 
 
+def _noted(path: Path, note: Path) -> list[int] | None:
+    """The pictures of a complete file that cannot be read; None where the file has yet to be made."""
+    return json.loads(note.read_text()) if path.is_file() and note.is_file() else None
+
+
 def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, batch: int, rows: int = ROWS) -> Latents:
     """The Gaussians of all pictures of `source` from `folder`, which is filled first where it has none.
 
@@ -100,8 +106,8 @@ def cached(folder: Path, source: pairs.Pairs, image_size: int, encode: Encode, b
     bad: list[int] = []
     for number, start in enumerate(range(0, len(source), rows)):
         path, note = folder / f"{number:05}.safetensors", folder / f"{number:05}.bad.json"
-        kept = hosts.from_first(lambda path=path, note=note: path.is_file() and json.loads(note.read_text()))
-        if kept is not False:
+        kept = hosts.from_first(functools.partial(_noted, path, note))
+        if kept is not None:
             bad += kept
             continue
         parts, missing = [], []
