@@ -69,6 +69,7 @@ WRONG = [
     ({"rl.top_p": 0.9}, "rl.top_p"),
     ({"checkpoint.every": 0}, "checkpoint.every"),
     ({"checkpoint.keep": 0}, "checkpoint.keep"),
+    ({"heartbeat_seconds": 5}, "heartbeat_seconds"),
     ({"optimizer.name": "sgd"}, "optimizer.name"),
     ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
