@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # the store that jax and orbax agree through has no public name
@@ -55,14 +55,15 @@ class Watch:
     def __init__(self, heartbeat: float):
         """Begins; `heartbeat` is how many seconds of silence mean death."""
         state = distributed.global_state
-        self._client, self._process, self._count = state.client, state.process_id, state.num_processes
+        self._client: Any = state.client
+        self._process, self._count = state.process_id, state.num_processes
+        self._coordinator = str(state.coordinator_address)
         self._heartbeat, self._pause = heartbeat, heartbeat / _LOOKS
         self._answered = time.monotonic()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._listen)]
         for thread in self._threads:
             thread.start()
-        self._coordinator = state.coordinator_address
 
     def close(self) -> None:
         """Ends jax's service when all processes are done; until then the threads watch."""

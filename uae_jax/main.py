@@ -7,6 +7,7 @@ say which process is which; elsewhere --coordinator_address, --num_processes and
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -35,7 +36,7 @@ def explicit_place() -> runtime.Place | None:
     Raises:
       UserError: one of them is missing or makes no sense.
     """
-    values = {name: FLAGS[name].value for name in runtime.Place._fields}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in runtime.Place._fields}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == len(values):
         return None

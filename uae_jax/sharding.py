@@ -379,8 +379,8 @@ def place_rows(batch: dict[str, np.ndarray], rows: np.ndarray, size: int, mesh: 
     sharding = batch_sharding(mesh, size)
 
     def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return x[np.searchsorted(rows, np.arange(size)[index[0]])]
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return x[np.searchsorted(rows, np.arange(size)[index[0] if index else slice(None)])]
 
         return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
 

@@ -7,6 +7,7 @@ KEY is a hash of all that they depend on: the VAE's config.json and weights, the
 and the pictures (of files: path, size and time of change).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -65,6 +66,11 @@ class Latents:
         return self._files[index // self._rows][index % self._rows]
 
 
+def _noted(path: Path, note: Path) -> list[int] | None:
+    """The pictures of a complete file that cannot be read; None where the file has yet to be made."""
+    return json.loads(note.read_text()) if path.is_file() and note.is_file() else None
+
+
 def cached(
     folder: Path,
     count: int,
@@ -96,8 +102,8 @@ def cached(
     bad: list[int] = []
     for number, start in enumerate(range(0, count, rows)):
         path, note = folder / f"{number:05}.safetensors", folder / f"{number:05}.bad.json"
-        kept = hosts.from_first(lambda path=path, note=note: path.is_file() and json.loads(note.read_text()))
-        if kept is not False:
+        kept = hosts.from_first(functools.partial(_noted, path, note))
+        if kept is not None:
             bad += kept
             continue
         parts, missing = [], []
