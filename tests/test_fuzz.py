@@ -166,6 +166,7 @@ def test_no_words_break_the_grammar(caption):
 @settings(max_examples=200, deadline=None)
 @given(name=st.text(max_size=12), caption=st.text(max_size=30), image=st.binary(max_size=20))
 @example(name="\udc80.png", caption="", image=b"")
+@example(name="x", caption="\ud800", image=b"")
 def test_records_survive_a_shard(name, caption, image):
     record = records.pack(name, caption, image)
     try:
@@ -253,6 +254,16 @@ def test_such_headers_are_those_of_pictures():
 # ---- what damaged files have taught ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changes", [{"caption": "\ud800"}, {"image": "\0"}, {"image": "\ud800"}, {"image": 3}])
+def test_lines_that_name_no_picture_or_caption(tmp_path, changes):
+    line = {"image": "a.png", "caption": "text"} | changes
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": line["image"], "caption": line["caption"]}))
+    for read in (lambda: records.read_pairs(tmp_path / "x.jsonl"), lambda: records.read_folder(tmp_path)):
+        with pytest.raises(UserError, match="line 1: expected"):
+            read()
+
+
 def test_what_is_damaged_is_named(tmp_path):
     source = folder.shipped("tiny") / "clip"
     raw = json.loads((source / "config.json").read_text())
@@ -266,7 +277,7 @@ def test_what_is_damaged_is_named(tmp_path):
 
     vision = raw["vision_config"]
     refused("[" * 100_000, "not JSON")
-    refused(raw | {"vision_config": vision | {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000 is more")
+    refused(raw | {"vision_config": vision | {"num_hidden_layers": 10_001}}, "num_hidden_layers = 10001 is more")
     refused(raw | {"vision_config": vision | {"patch_size": 0}}, "does not describe a CLIPModel")
     refused(raw | {"vision_config": 3}, "does not describe a CLIPModel")
     refused(raw | {"architectures": {"x": 1}}, "architecture")
