@@ -58,6 +58,7 @@ def make_program(config, between=lambda at: None, poisoned=()):
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), {"w": jnp.zeros(SIZE)}, optimizer),
         frozen={},
+        rules=((".*", sharding.Split.COPIED),),
         step=lambda state, frozen, batch: update(state, frozen | {"at": state.step + 1}, batch),
         batches=sources.batches(sources.ShapesSource(0, 100, 48), range(100), config.data.batch_size, config.seed),
         steps=config.steps,
@@ -79,7 +80,9 @@ def work(workdir, log, pipe, settings):
 
     def between(at):
         time.sleep(pause)
-        if at == full_at:  # files may not grow any more, as on a full disk
+        if at == full_at:  # files may not grow any more, as on a full disk; the save before is complete
+            while not (Path(workdir) / "checkpoints" / str(at - 1)).is_dir():
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 
     restore = checkpoint.restore
