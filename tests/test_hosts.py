@@ -105,8 +105,8 @@ def assert_same_run(workdir, expected):
         found, evaluation = (json.loads((path / "eval.json").read_text()) for path in (workdir, expected))
         assert found[when]["captions"] == evaluation[when]["captions"]
         np.testing.assert_allclose(found[when]["reward"], evaluation[when]["reward"], atol=1e-5)
-    step = checkpoint.latest_step(workdir / "checkpoints")
-    assert step == checkpoint.latest_step(expected / "checkpoints") == len(rows)
+    step = checkpoint.newest_whole(workdir / "checkpoints")
+    assert step == checkpoint.newest_whole(expected / "checkpoints") == len(rows)
     leaves, others = (checkpoint.open_leaves(path / "checkpoints", step, "") for path in (workdir, expected))
     assert leaves.shapes == others.shapes and len(leaves.shapes) > 20
     for name in leaves.shapes:
@@ -117,7 +117,7 @@ def wait_for_checkpoint(process, workdir, step):
     """Until there is one of `step` or later."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if (checkpoint.latest_step(workdir / "checkpoints") or 0) >= step:
+        if (checkpoint.newest_whole(workdir / "checkpoints") or 0) >= step:
             return
         time.sleep(0.02)
     pytest.fail(f"no checkpoint of step {step} before the end: {process.communicate()}")
@@ -129,7 +129,7 @@ def stopped_together(processes, workdir, after):
     processes[-1].send_signal(signal.SIGTERM)
     done = ended(processes)
     assert [code for code, _, _ in done] == [0] * len(processes), done
-    step = checkpoint.latest_step(workdir / "checkpoints")
+    step = checkpoint.newest_whole(workdir / "checkpoints")
     assert step == len(lines(workdir))
     assert f"stopped at step {step} of {STEPS}; the same command continues" in done[0][1]
     return step
@@ -153,7 +153,7 @@ def test_stopped_killed_and_resumed_on_fewer(alone, config, cache, tmp_path, cou
         last = errors.strip().splitlines()[-1]
         assert code == 2 and last.startswith(f"error: process {count - 1} of {count} is gone: silent for"), errors
         assert "continues from the last checkpoint" in last and "Traceback" not in errors and "@ " not in errors
-    second = checkpoint.latest_step(workdir / "checkpoints")
+    second = checkpoint.newest_whole(workdir / "checkpoints")
     assert first < second < STEPS
 
     fewer = count // 2

@@ -14,6 +14,8 @@ from uae_jax.errors import UserError
 IN_A_ROW = 1000  # bad records: a disk that is gone, rather than a damaged file here and there
 T = TypeVar("T")
 
+Rows = Sequence[int] | np.ndarray  # some rows of a batch, by their numbers
+
 
 class Order:
     """An endless sequence of groups of indices: each group in epochs without a gap, every epoch shuffled differently.

@@ -1,12 +1,11 @@
 """Batches of pictures with captions, by (seed, step)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax.data.order import Bad, Order, Tally, first_usable
+from uae_jax.data.order import Bad, Order, Rows, Tally, first_usable
 from uae_jax.data.sources import Pictures
 
 
@@ -49,7 +48,7 @@ class PairBatches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.read(step)[0]
 
-    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+    def read(self, step: int, rows: Rows | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
         """The batch of a step, or these rows of it and no others, and the records that had to be skipped for them."""
         read, bad = [], []
         wanted = list(range(self.batch_size) if rows is None else rows)

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from uae_jax.data import images, records
-from uae_jax.data.order import Bad, Order, Tally, first_usable
+from uae_jax.data.order import Bad, Order, Rows, Tally, first_usable
 from uae_jax.data.shapes import render, scene
 from uae_jax.errors import UserError
 
@@ -153,7 +153,7 @@ class Batches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.read(step)[0]
 
-    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+    def read(self, step: int, rows: Rows | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
         """The batch of a step, or these rows of it and no others, and the records that had to be skipped for them."""
 
         def row(number: int) -> tuple[tuple[np.ndarray, int], list[Bad]]:
@@ -188,7 +188,7 @@ def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int) 
     return Batches(source, Order([indices], [1.0], seed), batch_size)
 
 
-def _read(ds: Any, rows: Sequence[int] | None, step: int) -> tuple[dict[str, Any], list[Bad]]:
+def _read(ds: Any, rows: Rows | None, step: int) -> tuple[dict[str, Any], list[Bad]]:
     return ds.read(step, rows)
 
 
@@ -198,7 +198,7 @@ def prefetch(
     stop: int,
     workers: int = 0,
     place: Callable[[dict[str, Any]], dict[str, Any]] = lambda x: x,
-    rows: Sequence[int] | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of steps `start` to `stop - 1`, read by a thread that stays 2 batches ahead.
 

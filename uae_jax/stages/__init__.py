@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from uae_jax.data.order import Bad, Tally
+from uae_jax.data.order import Bad, Rows, Tally
 from uae_jax.gap import Watch
 from uae_jax.sharding import Rules
 from uae_jax.step import Metrics, State
@@ -19,7 +19,7 @@ class Batches(Protocol):
 
     tally: Tally | None  # counts what `read` skips
 
-    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+    def read(self, step: int, rows: Rows | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
         """A batch, or some rows of it: arrays [len(rows), ...]; and the records that had to be skipped for them."""
         ...
 

@@ -1,6 +1,6 @@
 """What the supervised stages of the tiny world share: rendered batches, a plain training step, initial weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from uae_jax.convert import folder
-from uae_jax.data.order import Bad
+from uae_jax.data.order import Bad, Rows, Tally
 from uae_jax.data.shapes.render import render
 from uae_jax.data.shapes.scene import MAX_OBJECTS, Scene, sample_scene, split_seed
 from uae_jax.step import Metrics, State, apply_gradient
@@ -21,7 +21,7 @@ Loss = Callable[[Params, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array,
 class SceneBatches:
     """Fresh scenes at every step: batch `step` is a pure function of (seed, step)."""
 
-    tally = None  # what is drawn here is never bad
+    tally: Tally | None = None  # what is drawn here is never bad
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SceneBatches:
         images = np.stack([render(scene, self.image_size) for scene in scenes])
         return {"image": images} | self.fields(scenes, np.random.default_rng([self.seed, step, 1]), step)
 
-    def read(self, step: int, rows: Sequence[int] | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
+    def read(self, step: int, rows: Rows | None = None) -> tuple[dict[str, np.ndarray], list[Bad]]:
         """The batch of a step, or these rows of it; scenes draw from one stream, so that all are made."""
         batch = self[step]
         return (batch if rows is None else {name: x[np.asarray(rows)] for name, x in batch.items()}), []
