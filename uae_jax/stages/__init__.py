@@ -1,6 +1,6 @@
 """What can be trained, each as a `Program` for the outer loop: the supervised cold start, and RL."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
