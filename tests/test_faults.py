@@ -389,9 +389,10 @@ def test_bad_steps_in_a_row_are_counted_over_an_interruption(processes, tmp_path
     workdir = tmp_path / "run"
     settings = {"poisoned": (3, 4, 5, 6), "max_bad_steps": 4}
     run = Run(processes, workdir, pause=0.2, **settings)
-    assert run.until(lambda: count(workdir) >= 4)
+    assert run.until(lambda: (workdir / "checkpoints" / "4").exists())  # after two of them
     run.kill()
     code, output = Run(processes, workdir, **settings).end()
+    assert "resuming" in output and "at step 4" in output
     assert code == 2 and "of 4 steps in a row" in output and "stopped at step 6" in output, output
 
 
