@@ -1,6 +1,7 @@
 """Puts a system together from a folder of weights: networks, prompts, towers, and the frozen parameters."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +61,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
-def load(config: Any, mesh: jax.sharding.Mesh) -> System:
+# (folder, mesh, compute type) -> a model, as `folder.load_model`.
+Read = Callable[[Path, Any, Any], folder.Model]
+
+
+def load(config: Any, mesh: jax.sharding.Mesh, read: Read = folder.load_model) -> System:
     """Reads all models that `config` needs from its folder of weights and places them on the mesh.
+
+    Args:
+      read: gives each model; a plan gives shapes instead of weights.
 
     Raises:
       UserError: a folder or a tensor is missing or does not fit, or a reward names no tower.
@@ -69,9 +77,9 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     where = weights_folder(config)
     dtype = jnp.dtype(config.dtype)
     # Frozen weights are read in the compute type only, so they are kept in it.
-    captioner = folder.load_model(where / "captioner", mesh, dtype)
+    captioner = read(where / "captioner", mesh, dtype)
     tokenizer = load_tokenizer(where / "captioner")
-    drawn_by, frozen = load_decoder(where, config, mesh)
+    drawn_by, frozen = load_decoder(where, config, mesh, read)
     modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
     if modules.projector.config.in_size != captioner.config.text.hidden_size:
         raise UserError(
@@ -82,11 +90,11 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     for name in rewards.tower_names(config):
         if not (where / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {where / name} does not exist")
-        tower_models[name] = folder.load_model(where / name, mesh, dtype)
+        tower_models[name] = read(where / name, mesh, dtype)
     frozen |= {"start": captioner.params, "towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
-        model = folder.load_model(where / "judge", mesh)
+        model = read(where / "judge", mesh, np.float32)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
     return System(
@@ -110,7 +118,9 @@ class Decoder(NamedTuple):
     scheduler: schedulers.Scheduler | None
 
 
-def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
+def load_decoder(
+    where: Path, config: Any, mesh: jax.sharding.Mesh, read: Read = folder.load_model
+) -> tuple[Decoder, Params]:
     """Projector, transformer and, where their folders exist, vae and scheduler of a folder of weights.
 
     Returns:
@@ -135,7 +145,7 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
                 else f"{wanted} is wanted there"
             )
             raise UserError(f"{where / name} holds a {kind or 'nameless model'}, but {wanted}")
-        parts[name] = folder.load_model(where / name, mesh, dtype)
+        parts[name] = read(where / name, mesh, dtype)
     model = decoder.transformer(parts["transformer"].config, dtype, config.remat)
     vae = AutoencoderKL(parts["vae"].config, dtype) if "vae" in parts else None
     projector = Projector(parts["projector"].config, dtype)

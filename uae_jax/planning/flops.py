@@ -1,0 +1,143 @@
+"""Work counted on a jaxpr, loops included as often as they run: FLOPs of products, and bytes these read and write.
+
+The compiler's own count sees a loop's body once. Values that depend on the batch are told from those that do not (the
+weights): the work of the first is split over all chips, that of the second is done on each.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+
+class Work(NamedTuple):
+    """FLOPs of matrix products and convolutions, a multiply-add as two, and the bytes of their operands and results."""
+
+    split_flops: float = 0.0  # of products with a batch: divided by the number of chips
+    whole_flops: float = 0.0  # of products without: the same on every chip
+    split_bytes: float = 0.0  # of operands and results with a batch
+    whole_bytes: float = 0.0  # ... without: weights
+    carried: float = 0.0  # bytes with a batch that the token loop carries: the cache
+    held: float = 0.0  # bytes without a batch that the token loop reads: the decode view
+
+    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+        """The sum; what loops hold is not added up, the larger counts."""
+        sums = [a + times * b for a, b in zip(self[:4], other[:4], strict=True)]
+        return Work(*sums, max(self.carried, other.carried), max(self.held, other.held))
+
+    def flops(self, chips: int) -> float:
+        """FLOPs of one chip."""
+        return self.split_flops / chips + self.whole_flops
+
+    def bytes(self, chips: int) -> float:
+        """Bytes of one chip."""
+        return self.split_bytes / chips + self.whole_bytes
+
+
+def count(jaxpr: core.ClosedJaxpr, with_batch: Sequence[bool], while_trips: int) -> Work:
+    """The work of one call.
+
+    Args:
+      with_batch: for each argument, whether it depends on the batch.
+      while_trips: runs of the body of a loop whose end the data decides; a scan says its own.
+    """
+    return _walk(jaxpr.jaxpr, list(with_batch), while_trips)[0]
+
+
+def _bytes(variable: Any) -> float:
+    aval = variable.aval
+    size = math.prod(aval.shape)
+    try:
+        return float(size * np.dtype(aval.dtype).itemsize)
+    except TypeError:  # a typed key
+        return float(size * 8)
+
+
+def _product_flops(equation: Any) -> float:
+    """FLOPs of dot_general or conv_general_dilated; 0 of anything else."""
+    name = equation.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    return 0.0
+
+
+def _closed(jaxpr: Any) -> Any:
+    """The jaxpr inside a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _walk(jaxpr: Any, with_batch: list[bool], trips: int) -> tuple[Work, list[bool]]:
+    """The work of a jaxpr, and which of its results depend on the batch."""
+    known: dict[Any, bool] = dict(zip(jaxpr.invars, with_batch, strict=True))
+
+    def of(variable: Any) -> bool:
+        return not isinstance(variable, core.Literal) and known.get(variable, False)
+
+    work = Work()
+    for equation in jaxpr.eqns:
+        inputs = [of(x) for x in equation.invars]
+        done, outputs = _equation(equation, inputs, trips)
+        work = work.plus(done)
+        known |= dict(zip(equation.outvars, outputs, strict=True))
+    return work, [of(x) for x in jaxpr.outvars]
+
+
+def _equation(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return _scan(equation, inputs, trips)
+    if name == "while":
+        return _while(equation, inputs, trips)
+    if name == "cond":
+        branches = [_walk(_closed(branch), inputs[1:], trips) for branch in params["branches"]]
+        work = max((work for work, _ in branches), key=lambda w: w.split_flops + w.whole_flops)
+        return work, [inputs[0] or any(found) for found in zip(*(outputs for _, outputs in branches), strict=True)]
+    inner = [_closed(x) for x in params.values() if hasattr(_closed(x), "eqns")]
+    for jaxpr in inner:  # jit, checkpoint, custom_vjp_call, ...: called once, with these arguments
+        if len(jaxpr.invars) == len(inputs) and len(jaxpr.outvars) == len(equation.outvars):
+            return _walk(jaxpr, inputs, trips)
+    split = any(inputs)
+    flops = _product_flops(equation)
+    if not flops:
+        return Work(), [split] * len(equation.outvars)
+    moved = [(_bytes(x), depends) for x, depends in zip(equation.invars, inputs, strict=True)]
+    moved += [(_bytes(x), split) for x in equation.outvars]
+    with_batch, without = (sum(size for size, depends in moved if depends is side) for side in (True, False))
+    return Work(flops * split, flops * (not split), with_batch, without), [split] * len(equation.outvars)
+
+
+def _until_stable(body: Any, consts: list[bool], carry: list[bool], rest: list[bool], trips: int) -> Any:
+    """The work of a loop's body, and which results depend on the batch once it has gone round."""
+    while True:
+        work, outputs = _walk(body, consts + carry + rest, trips)
+        grown = [a or b for a, b in zip(carry, outputs, strict=False)]
+        if grown == carry:
+            return work, carry, outputs[len(carry) :]
+        carry = grown
+
+
+def _scan(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+    params = equation.params
+    consts, carried = params["num_consts"], params["num_carry"]
+    parts = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
+    work, carry, stacked = _until_stable(_closed(params["jaxpr"]), *parts, trips)
+    return Work().plus(work, params["length"]), carry + stacked
+
+
+def _while(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+    params = equation.params
+    before, consts = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    work, carry, _ = _until_stable(_closed(params["body_jaxpr"]), inputs[before:consts], inputs[consts:], [], trips)
+    condition, _ = _walk(_closed(params["cond_jaxpr"]), inputs[:before] + carry, trips)
+    held = sum(_bytes(x) for x, split in zip(equation.invars[:consts], inputs[:consts], strict=True) if not split)
+    carried = sum(_bytes(x) for x, split in zip(equation.invars[consts:], carry, strict=True) if split)
+    total = Work().plus(work, trips).plus(condition, trips + 1)
+    return total._replace(carried=max(total.carried, carried), held=max(total.held, held)), carry

@@ -1,0 +1,151 @@
+"""Plans a config on one mesh, or tries meshes and microbatches: ranked by arithmetic, the best ones compiled."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from uae_jax import sharding
+from uae_jax.errors import UserError
+from uae_jax.planning import abstract, compiler, phases, roofline
+from uae_jax.planning import topology as topologies
+from uae_jax.planning.abstract import Abstract
+from uae_jax.planning.flops import Work
+from uae_jax.planning.phases import Phase
+from uae_jax.planning.report import Plan, Result
+from uae_jax.planning.topology import Topology
+
+COMPILED_CANDIDATES = 3
+
+Say = Callable[[str], None]
+
+
+class Options(NamedTuple):
+    """What the command line asks for besides config and machine."""
+
+    name: str = ""  # of the config
+    whole: bool = False  # compile the step as one program, too
+    price: float = 0.0  # of a chip, an hour
+
+
+def plan(config: Any, topology: Topology, options: Options, say: Say) -> Plan:
+    """Compiles a config for a machine, part by part, unless what stays on a chip is already too much.
+
+    Raises:
+      UserError: the config cannot be planned, or does not divide over the machine.
+    """
+    run = abstract.build(config, sharding.make_mesh(config, topologies.devices(topology)))
+    return _compiled(reckoned(run, topology, options), run, topology, options, say)
+
+
+def reckoned(run: Abstract, topology: Topology, options: Options) -> Plan:
+    """The plan by arithmetic alone."""
+    config, state = run.config, run.state
+    parts = phases.parts(run)
+    slices, fsdp = topology.slices, dict(run.mesh.shape).get("fsdp", 1)
+    trained = sum(float(x.size) * 4 for x in jax.tree.leaves(state.params))
+    results = []
+    for phase in parts:
+        work = phase.work(config.rl.max_tokens - 1)
+        load = roofline.reckoned_load(phase.name, work, topology.chips, fsdp, slices, trained)
+        results.append(Result(phase.name, work, load, roofline.estimate(load, topology.chip), None))
+    sample = results[0].work
+    return Plan(
+        config_name=options.name,
+        topology=topology,
+        mesh=dict(run.mesh.shape),
+        images=config.data.batch_size,
+        tokens=config.data.batch_size * config.rl.group_size * config.rl.max_tokens,
+        resident={
+            "frozen weights": abstract.bytes_per_chip(run.frozen),
+            "trained parameters": abstract.bytes_per_chip(state.params),
+            "optimizer": abstract.bytes_per_chip((state.opt_state, state.ema)),
+        },
+        batch=_handed_on(parts),
+        held={"cache": sample.carried / topology.chips, "decode view": sample.held},
+        parts=results,
+        whole=None,
+        stand_in=run.stand_in,
+        price=options.price,
+    )
+
+
+def _handed_on(parts: list[Phase]) -> float:
+    """Bytes a chip of the batch as the parts see it, at most: images, captions, redraws."""
+    return max(
+        sum(abstract.bytes_per_chip(x) for x, batch in zip(part.arguments, part.with_batch, strict=True) if batch)
+        for part in parts
+    )
+
+
+def _compiled(found: Plan, run: Abstract, topology: Topology, options: Options, say: Say) -> Plan:
+    """The same plan after compiling."""
+    if not topologies.compiles(topology) or sum(found.resident.values()) > topology.chip.hbm:
+        return found
+
+    def one(phase: Phase, work: Work) -> Result:
+        say(f"compiling {phase.name} for {topology}")
+        made = compiler.compile_phase(phase, run.mesh)
+        load = roofline.compiled_load(work, made, topology.chips)
+        return Result(phase.name, work, load, roofline.estimate(load, topology.chip), made)
+
+    parts = [one(phase, before.work) for phase, before in zip(phases.parts(run), found.parts, strict=True)]
+    whole = None
+    if options.whole:
+        total = Work()
+        for part in parts:
+            total = total.plus(part.work)
+        whole = one(phases.whole(run), total)
+    return found._replace(parts=parts, whole=whole)
+
+
+class Candidate(NamedTuple):
+    """A mesh and a number of microbatches, planned."""
+
+    changes: dict[str, int]  # of config.mesh and rl.microbatches
+    plan: Plan
+
+
+def sweep(config: Any, topology: Topology, options: Options, say: Say) -> list[Candidate]:
+    """All ways to split the chips over data and fsdp with all microbatches that divide, best first.
+
+    The best three by arithmetic are compiled; of those, what fits comes first, then the fastest.
+
+    Raises:
+      UserError: the batch divides over the chips in no way.
+    """
+    devices = topologies.devices(topology)
+    ranked, problem = [], None
+    for changes in _candidates(config, topology.chips):
+        changed = config.copy_and_resolve_references()
+        changed.mesh.data, changed.mesh.fsdp = changes["mesh.data"], changes["mesh.fsdp"]
+        changed.rl.microbatches = changes["rl.microbatches"]
+        try:
+            run = abstract.build(changed, sharding.make_mesh(changed, devices))
+        except UserError as error:
+            problem = error
+            continue
+        ranked.append((Candidate(changes, reckoned(run, topology, options)), run))
+    if not ranked:
+        raise problem or UserError(f"no mesh of {topology.chips} chips divides config.data.batch_size")
+    ranked.sort(key=lambda pair: _order(pair[0]))
+    best = [
+        Candidate(candidate.changes, _compiled(candidate.plan, run, topology, options, say))
+        for candidate, run in ranked[:COMPILED_CANDIDATES]
+    ]
+    return sorted(best, key=_order) + [candidate for candidate, _ in ranked[COMPILED_CANDIDATES:]]
+
+
+def _order(candidate: Candidate) -> tuple[bool, float, float]:
+    found = candidate.plan
+    return not found.fits, found.seconds, found.largest[1]
+
+
+def _candidates(config: Any, chips: int) -> list[dict[str, int]]:
+    """Settings to try: every split of the chips, every number of microbatches."""
+    batch = config.data.batch_size
+    splits = [(data, chips // data) for data in range(1, chips + 1) if chips % data == 0]
+    microbatches = [m for m in range(1, batch + 1) if batch % m == 0 and (batch // m) % chips == 0]
+    return [
+        {"mesh.data": data, "mesh.fsdp": fsdp, "rl.microbatches": m} for data, fsdp in splits for m in microbatches
+    ]
