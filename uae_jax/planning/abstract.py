@@ -58,8 +58,7 @@ def build(config: Any, mesh: Mesh) -> Abstract:
 
     def start(where: str) -> tuple[State, Any]:
         planned = config.copy_and_resolve_references()
-        with planned.unlocked():
-            planned.weights = where
+        planned.weights = where
         built = system.load(planned, mesh, _shapes)
         state, optimizer = rl.start(planned, built)
         frozen = built.frozen

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from uae_jax.planning import partitioned
+from uae_jax.planning import abstract, partitioned
 from uae_jax.planning.phases import Phase
 from uae_jax.planning.topology import GIB
 
@@ -24,19 +24,22 @@ class Memory(NamedTuple):
     temporaries: float
     code: float
 
-    @property
-    def beyond_arguments(self) -> float:
-        return self.results + self.temporaries + self.code
-
 
 class Compiled(NamedTuple):
     """What compiling a phase came to."""
 
     seconds: float
+    arguments: float  # bytes a chip of all that it is given
     memory: Memory | None  # None: it does not fit
     message: str  # the compiler's own, where it does not fit
-    needed: float | None  # bytes that the message says are needed
-    program: partitioned.Partitioned | None  # None: the compiler wrote none
+    program: partitioned.Partitioned | None  # None: one chip, nothing to partition
+
+    @property
+    def beyond_arguments(self) -> float:
+        """Bytes a chip besides the arguments; what the message says where it does not fit, 0 if that says nothing."""
+        if self.memory is not None:
+            return self.memory.results + self.memory.temporaries + self.memory.code
+        return beyond_arguments(self.message, self.arguments)
 
 
 def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
@@ -47,18 +50,17 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
     with tempfile.TemporaryDirectory() as where:
         options = {"xla_dump_to": where, "xla_dump_hlo_pass_re": "spmd.*", "xla_dump_hlo_as_text": True}
         try:
-            found = lowered.compile(compiler_options=options).memory_analysis()
-            memory, message, needed = _memory(found), "", None
+            memory, message = _memory(lowered.compile(compiler_options=options).memory_analysis()), ""
         except jax.errors.JaxRuntimeError as error:
             memory, message = None, " ".join(str(error).split())
             if "RESOURCE_EXHAUSTED" not in message:
                 raise
-            needed = needed_bytes(message)
         # Written before the compiler allots memory, so there even if it does not fit.
         dumps = sorted(Path(where).glob("*after*spmd-partitioning.before*.txt"))
         text = dumps[-1].read_text() if dumps else ""
     program = partitioned.read(text, slices.__getitem__, len(slices)) if text else None
-    return Compiled(time.perf_counter() - begin, memory, message, needed, program)
+    seconds = time.perf_counter() - begin
+    return Compiled(seconds, abstract.bytes_per_chip(phase.arguments), memory, message, program)
 
 
 def _memory(found: Any) -> Memory:
@@ -70,13 +72,18 @@ def _memory(found: Any) -> Memory:
     )
 
 
-def needed_bytes(message: str) -> float | None:
-    """Bytes that a compiler's message of exhausted memory says the program needs; None if it does not say."""
-    number = r"([\d.]+)\s*([KMGT]?)i?B?"
-    for pattern in (rf"Used {number} of [\d.]+", rf"required for [^()]*\({number}\)", rf"allocate {number}ytes"):
-        if found := re.search(pattern, message):
-            return float(found[1]) * _UNITS[found[2]]
-    return None
+def beyond_arguments(message: str, arguments: float) -> float:
+    """Bytes besides the arguments that a compiler's message of exhausted memory says are needed; 0 if it does not say.
+
+    Args:
+      arguments: bytes of those, which some messages include.
+    """
+    number = r"([\d.]+)\s*([KMGT]?)"
+    if found := re.search(rf"\({number}i?B?\) exceeds available", message):  # libtpu: temporaries alone
+        return float(found[1]) * _UNITS[found[2]]
+    if found := re.search(rf"Used {number}i?B? of", message):  # libtpu, older: everything
+        return max(float(found[1]) * _UNITS[found[2]] - arguments, 0.0)
+    return 0.0
 
 
 def gib(size: float) -> float:

@@ -41,9 +41,7 @@ def parts(run: Abstract) -> list[Phase]:
     b, g, side = config.data.batch_size, config.rl.group_size, config.data.image_size
     params = run.state.params
     images = abstract.batched(jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32), mesh)
-    keys = abstract.batched(
-        jax.eval_shape(lambda: step.sample_keys(jax.random.key(0), jnp.int32(0), b, g)), mesh
-    )
+    keys = abstract.batched(jax.eval_shape(lambda: step.sample_keys(jax.random.key(0), jnp.int32(0), b, g)), mesh)
 
     def score(images: jax.Array, redrawn: jax.Array, trajectory: Trajectory, frozen: Any) -> tuple[Any, ...]:
         scores = step.score(

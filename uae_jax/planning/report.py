@@ -54,11 +54,11 @@ class Plan(NamedTuple):
 
     @property
     def largest(self) -> tuple[str, float]:
-        """The phase with the highest need of memory, and bytes a chip; the name is `weights` if nothing compiled."""
-        if self.whole and self.whole.compiled:
-            return self.whole.name, needed(self.whole.compiled, 0.0)
+        """The phase with the highest need of memory, and bytes a chip; a lower bound if nothing was compiled."""
+        if self.whole and (program := self.whole.compiled):
+            return self.whole.name, program.arguments + program.beyond_arguments
         fixed = sum(self.resident.values()) + self.batch
-        peaks = [(part.name, fixed + beyond(part.compiled, fixed)) for part in self.parts if part.compiled]
+        peaks = [(part.name, fixed + part.compiled.beyond_arguments) for part in self.parts if part.compiled]
         floor = ("sample", fixed + sum(self.held.values()))
         return max(peaks, key=lambda peak: peak[1]) if peaks else floor
 
@@ -75,20 +75,6 @@ class Plan(NamedTuple):
     def cost(self) -> float:
         """Of a thousand images."""
         return self.price * self.topology.chips * self.seconds / 3600 / self.images * 1000
-
-
-def needed(compiled: Compiled, unknown: float) -> float:
-    """Bytes a chip of a whole program."""
-    if compiled.memory is None:
-        return compiled.needed or unknown
-    return compiled.memory.arguments + compiled.memory.beyond_arguments
-
-
-def beyond(compiled: Compiled, resident: float) -> float:
-    """Bytes a chip that a part needs besides what is resident."""
-    if compiled.memory is None:
-        return max((compiled.needed or 0.0) - resident, 0.0)
-    return compiled.memory.beyond_arguments
 
 
 def advice(plan: Plan) -> list[str]:
@@ -185,7 +171,9 @@ def notes(plan: Plan) -> list[str]:
         compiler = "XLA's CPU compiler" if plan.topology.chip.platform == "cpu" else "the machine's own compiler"
         lines.append(f"measured by {compiler}: temporaries, collectives and their sizes, whether it fits")
         if plan.whole is None:
-            lines.append("peak: all that is resident, and the largest part compiled alone; --whole compiles one program")
+            lines.append(
+                "peak: all that is resident, and the largest part compiled alone; --whole compiles one program"
+            )
         repeated = [
             f"{part.name} {part.compiled.program.flops / part.work.flops(chips):.1f}x"
             for part in plan.parts
@@ -248,7 +236,18 @@ def as_text(plan: Plan) -> str:
 
 
 def _phase_rows(plan: Plan) -> list[list[str]]:
-    head = ["phase", "s, at best", "bound", "compute", "HBM", "ICI", "DCN", "FLOPs a chip", "GiB temporaries", "compiled s"]
+    head = [
+        "phase",
+        "s, at best",
+        "bound",
+        "compute",
+        "HBM",
+        "ICI",
+        "DCN",
+        "FLOPs a chip",
+        "GiB temporaries",
+        "compiled s",
+    ]
     rows = [head]
     for part in (*plan.parts, *([plan.whole] if plan.whole else [])):
         compiled = part.compiled
@@ -294,4 +293,3 @@ def ranking(tried: Sequence[tuple[dict[str, int], Plan]], most: int) -> list[lis
 def dump(values: Any) -> bytes:
     """JSON, indented."""
     return (json.dumps(values, indent=2) + "\n").encode()
-

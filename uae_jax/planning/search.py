@@ -146,6 +146,4 @@ def _candidates(config: Any, chips: int) -> list[dict[str, int]]:
     batch = config.data.batch_size
     splits = [(data, chips // data) for data in range(1, chips + 1) if chips % data == 0]
     microbatches = [m for m in range(1, batch + 1) if batch % m == 0 and (batch // m) % chips == 0]
-    return [
-        {"mesh.data": data, "mesh.fsdp": fsdp, "rl.microbatches": m} for data, fsdp in splits for m in microbatches
-    ]
+    return [{"mesh.data": data, "mesh.fsdp": fsdp, "rl.microbatches": m} for data, fsdp in splits for m in microbatches]

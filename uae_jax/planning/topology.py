@@ -106,7 +106,9 @@ def devices(topology: Topology) -> "list[jax.Device]":
             raise UserError(f"{topology.name}: jax was started with {len(found)} devices; plan in a process of its own")
         return found[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"{topology.name}: the TPU compiler is not installed: pip install 'uae_jax[tpu]' (no TPU needed)")
+        raise UserError(
+            f"{topology.name}: the TPU compiler is not installed: pip install 'uae_jax[tpu]' (no TPU needed)"
+        )
     from jax.experimental import topologies
 
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
