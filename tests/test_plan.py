@@ -173,14 +173,14 @@ ENTRY %main (x.2: bf16[4,64], w.2: bf16[64,32]) -> f32[] {
 """
 
 
-def read(start=0, gathered="[4,2]<=[8]", slice_size=8):
-    text = HLO.replace("START", str(start)).replace("GATHERED", gathered)
+def read(start=0, gathered="[4,2]<=[8]", slice_size=8, step=1):
+    text = HLO.replace("START", str(start)).replace("GATHERED", gathered).replace("constant(1)", f"constant({step})")
     return partitioned.read(text, lambda partition: partition // slice_size, 8)
 
 
-@pytest.mark.parametrize("start, rounds", [(0, 9), (1, 8)])
-def test_reads_loops_and_collectives(start, rounds):
-    found = read(start)
+@pytest.mark.parametrize("start, step, rounds", [(0, 1, 9), (3, 1, 6), (0, 2, 5), (3, 2, 3)])
+def test_reads_loops_and_collectives(start, step, rounds):
+    found = read(start, step=step)
     assert found.flops == rounds * 2 * 4 * 64 * 64 and found.unknown_loops == 0
     assert found.bytes == rounds * 2 * (4 * 64 + 64 * 64 + 4 * 64)
     inside = {(c.kind, c.depth): c for c in found.collectives}

@@ -54,8 +54,9 @@ class Instruction(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """{computation: {name: instruction}} and the entry's name."""
+    """{computation: {name: instruction}}, the result last, and the entry's name."""
     computations: dict[str, dict[str, Instruction]] = {}
+    roots: dict[str, str] = {}
     entry, current = "", ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -66,6 +67,10 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             name, shape, opcode, rest = found.groups()
             operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
             computations[current][name] = Instruction(name, shape, opcode, operands, rest)
+            if line.lstrip().startswith("ROOT "):
+                roots[current] = name
+    for computation, root in roots.items():
+        computations[computation][root] = computations[computation].pop(root)
     return computations, entry
 
 
@@ -163,23 +168,35 @@ def _constant(name: str, scope: dict[str, Instruction]) -> int | None:
 
 
 def trips(loop: Instruction, scope: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]) -> int:
-    """Rounds of a loop that counts up by one to a constant, whatever else may end it earlier; 0 where not known."""
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    inside = computations[condition[1]] if condition else {}
-    for instruction in inside.values():
+    """Rounds of a loop that counts up to a constant, whatever else may end it earlier; 0 where not known."""
+    condition, body = (
+        computations.get(found[1], {}) if (found := re.search(rf"{part}=%?([\w.\-]+)", loop.rest)) else {}
+        for part in ("condition", "body")
+    )
+    for instruction in condition.values():
         if instruction.opcode != "compare" or "direction=LT" not in instruction.rest:
             continue
-        counter, limit = (inside.get(name) for name in instruction.operands)
-        end = _constant(instruction.operands[1], inside)
-        if end is None or limit is None or counter is None or counter.opcode != "get-tuple-element":
+        counter, end = condition.get(instruction.operands[0]), _constant(instruction.operands[1], condition)
+        index = counter is not None and re.search(r"index=(\d+)", counter.rest)
+        if end is None or counter is None or counter.opcode != "get-tuple-element" or not index:
             continue
-        index = re.search(r"index=(\d+)", counter.rest)
+        step = _increment(list(body.values())[-1], int(index[1]), body)
         start = scope.get(loop.operands[0])
-        begin = None
-        if start is not None and start.opcode == "tuple" and index:
-            begin = _constant(start.operands[int(index[1])], scope)
-        return max(end - (begin or 0), 0)
+        begin = _constant(start.operands[int(index[1])], scope) if start and start.opcode == "tuple" else None
+        return -(-max(end - (begin or 0), 0) // step) if step else 0
     return 0
+
+
+def _increment(root: Instruction, index: int, body: dict[str, Instruction]) -> int:
+    """What a round adds to an entry of the loop's tuple; 0 where not known."""
+    total, at = 0, body.get(root.operands[index]) if root.opcode == "tuple" else None
+    while at is not None and at.opcode == "add":
+        values = [_constant(name, body) for name in at.operands]
+        if values.count(None) != 1:
+            return 0
+        total += next(value for value in values if value is not None)
+        at = body.get(at.operands[values.index(None)])
+    return total if at is not None and at.opcode == "get-tuple-element" else 0
 
 
 def read(text: str, slice_of: Callable[[int], int], partitions: int) -> Partitioned:
