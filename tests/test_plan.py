@@ -238,19 +238,6 @@ def test_bytes_received(kind, expected):
     assert partitioned.received(kind, 1024.0, 4) == 1024 * expected
 
 
-def test_reads_what_xla_writes():
-    """The same numbers from the compiler's text (one device: no collectives) as from the jaxpr."""
-
-    def function(x, ws):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
-
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (6, 8, 8))]
-    text = jax.jit(function).lower(*shapes).compiler_ir("hlo").as_hlo_text()
-    found = partitioned.read(text, lambda _: 0, 1)
-    assert found.unknown_loops == 0 and found.collectives == []
-    assert found.flops == count(function, (4, 8), (6, 8, 8)).split_flops
-
-
 # ---- memory and time -------------------------------------------------------------------------------------------------
 
 
