@@ -1,5 +1,6 @@
 """Plans a config on one mesh, or tries meshes and microbatches: ranked by arithmetic, the best ones compiled."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,21 +36,32 @@ def plan(config: Any, topology: Topology, options: Options, say: Say) -> Plan:
       UserError: the config cannot be planned, or does not divide over the machine.
     """
     run = abstract.build(config, sharding.make_mesh(config, topologies.devices(topology)))
-    return _compiled(reckoned(run, topology, options), run, topology, options, say)
+    return compiled(reckoned(run, counted(run), topology, options), run, options, say)
 
 
-def reckoned(run: Abstract, topology: Topology, options: Options) -> Plan:
-    """The plan by arithmetic alone."""
-    config, state = run.config, run.state
+class Counted(NamedTuple):
+    """What does not depend on the layout."""
+
+    work: dict[str, Work]  # of each part
+    handed_on: float  # bytes a chip
+
+
+def counted(run: Abstract) -> Counted:
+    """Traces the parts and counts their work."""
     parts = phases.parts(run)
+    return Counted({phase.name: phase.work(run.config.rl.max_tokens - 1) for phase in parts}, _handed_on(parts))
+
+
+def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options) -> Plan:
+    """The plan by arithmetic alone; of `run`, only config, mesh and layouts are read."""
+    config, state = run.config, run.state
     slices, fsdp = topology.slices, dict(run.mesh.shape).get("fsdp", 1)
     trained = sum(float(x.size) * 4 for x in jax.tree.leaves(state.params))
     results = []
-    for phase in parts:
-        work = phase.work(config.rl.max_tokens - 1)
-        load = roofline.reckoned_load(phase.name, work, topology.chips, fsdp, slices, trained)
-        results.append(Result(phase.name, work, load, roofline.estimate(load, topology.chip), None))
-    sample = results[0].work
+    for name, work in found.work.items():
+        load = roofline.reckoned_load(name, work, topology.chips, fsdp, slices, trained)
+        results.append(Result(name, work, load, roofline.estimate(load, topology.chip), None))
+    sample = found.work["sample"]
     return Plan(
         config_name=options.name,
         topology=topology,
@@ -61,7 +73,7 @@ def reckoned(run: Abstract, topology: Topology, options: Options) -> Plan:
             "trained parameters": abstract.bytes_per_chip(state.params),
             "optimizer": abstract.bytes_per_chip((state.opt_state, state.ema)),
         },
-        batch=_handed_on(parts),
+        batch=found.handed_on,
         held={"cache": sample.carried / topology.chips, "decode view": sample.held},
         parts=results,
         whole=None,
@@ -78,8 +90,9 @@ def _handed_on(parts: list[Phase]) -> float:
     )
 
 
-def _compiled(found: Plan, run: Abstract, topology: Topology, options: Options, say: Say) -> Plan:
+def compiled(found: Plan, run: Abstract, options: Options, say: Say) -> Plan:
     """The same plan after compiling."""
+    topology = found.topology
     if not topologies.compiles(topology) or sum(found.resident.values()) > topology.chip.hbm:
         return found
 
@@ -92,9 +105,7 @@ def _compiled(found: Plan, run: Abstract, topology: Topology, options: Options, 
     parts = [one(phase, before.work) for phase, before in zip(phases.parts(run), found.parts, strict=True)]
     whole = None
     if options.whole:
-        total = Work()
-        for part in parts:
-            total = total.plus(part.work)
+        total = functools.reduce(Work.plus, (part.work for part in parts))
         whole = one(phases.whole(run), total)
     return found._replace(parts=parts, whole=whole)
 
@@ -115,25 +126,33 @@ def sweep(config: Any, topology: Topology, options: Options, say: Say) -> list[C
       UserError: the batch divides over the chips in no way.
     """
     devices = topologies.devices(topology)
+    runs: dict[int, tuple[Abstract, Counted]] = {}
     ranked, problem = [], None
     for changes in _candidates(config, topology.chips):
         changed = config.copy_and_resolve_references()
         changed.mesh.data, changed.mesh.fsdp = changes["mesh.data"], changes["mesh.fsdp"]
-        changed.rl.microbatches = changes["rl.microbatches"]
+        parts = changed.rl.microbatches = changes["rl.microbatches"]
         try:
-            run = abstract.build(changed, sharding.make_mesh(changed, devices))
+            mesh = sharding.make_mesh(changed, devices)
         except UserError as error:
             problem = error
             continue
-        ranked.append((Candidate(changes, reckoned(run, topology, options)), run))
+        if parts not in runs:
+            run = abstract.build(changed, mesh)
+            runs[parts] = run, counted(run)
+        run, work = runs[parts]
+        there = run._replace(
+            mesh=mesh, state=abstract.placed(run.state, mesh), frozen=abstract.placed(run.frozen, mesh)
+        )
+        ranked.append((Candidate(changes, reckoned(there, work, topology, options)), changed, mesh))
     if not ranked:
         raise problem or UserError(f"no mesh of {topology.chips} chips divides config.data.batch_size")
-    ranked.sort(key=lambda pair: _order(pair[0]))
+    ranked.sort(key=lambda found: _order(found[0]))
     best = [
-        Candidate(candidate.changes, _compiled(candidate.plan, run, topology, options, say))
-        for candidate, run in ranked[:COMPILED_CANDIDATES]
+        Candidate(candidate.changes, compiled(candidate.plan, abstract.build(changed, mesh), options, say))
+        for candidate, changed, mesh in ranked[:COMPILED_CANDIDATES]
     ]
-    return sorted(best, key=_order) + [candidate for candidate, _ in ranked[COMPILED_CANDIDATES:]]
+    return sorted(best, key=_order) + [candidate for candidate, *_ in ranked[COMPILED_CANDIDATES:]]
 
 
 def _order(candidate: Candidate) -> tuple[bool, float, float]:
