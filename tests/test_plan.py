@@ -39,6 +39,7 @@ def test_topologies(name, slices, chips):
         *((name, 1) for name in ("v5e", "v5e:", "v9z:4x4", "v5e:4x4x4", "v5p:4x4", "h100:2x4", "v5e:0x4", "v5e:4x-4")),
         ("v5e:4x4", 0),
         ("h100:8", 2),
+        ("h100:12", 1),
         ("v5p:64x64x64", 1),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from uae_jax.planning import abstract, partitioned
+from uae_jax.planning import abstract, partitioned, topology
 from uae_jax.planning.phases import Phase
 from uae_jax.planning.topology import GIB
 
@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
 
 def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
     """Compiles a phase for the mesh it was laid out on."""
-    slices = [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
+    domains = [topology.domain(device) for device in mesh.devices.flat]
     begin = time.perf_counter()
     lowered = phase.lower()
     with tempfile.TemporaryDirectory() as where:
@@ -58,7 +58,7 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
         # Written before the compiler allots memory, so there even if it does not fit.
         dumps = sorted(Path(where).glob("*after*spmd-partitioning.before*.txt"))
         text = dumps[-1].read_text() if dumps else ""
-    program = partitioned.read(text, slices.__getitem__, len(slices)) if text else None
+    program = partitioned.read(text, domains.__getitem__, len(domains)) if text else None
     seconds = time.perf_counter() - begin
     return Compiled(seconds, abstract.bytes_per_chip(phase.arguments), memory, message, program)
 

@@ -183,11 +183,10 @@ def notes(plan: Plan) -> list[str]:
         ]
         if repeated:
             lines.append(f"chips repeat each other's work: {', '.join(repeated)} the FLOPs of an even split")
-    elif plan.topology.chip.platform == "gpu":
-        lines.append("not compiled: by arithmetic only, as no compiler for this machine is used here; temporaries of "
-                     "redraw, score and update are not in the peak")  # fmt: skip
-    else:
+    elif sum(plan.resident.values()) > plan.topology.chip.hbm:
         lines.append("not compiled: what is resident does not fit, so that nothing else can")
+    else:
+        lines.append("not compiled, by arithmetic alone: the peak is a lower bound, without most temporaries")
     lines.append("counted on the jaxpr, with every loop run to its end: FLOPs; all captions of full length")
     lines.append(f"estimated: seconds, a lower bound from published figures ({plan.topology.chip.source})")
     if plan.stand_in:

@@ -54,16 +54,16 @@ def compiled_load(work: Work, compiled: Compiled, chips: int) -> Load:
     return Load(max(program.flops, work.flops(chips)), max(program.bytes, touched), ici, dcn)
 
 
-def reckoned_load(name: str, work: Work, chips: int, fsdp: int, slices: int, trained: float) -> Load:
+def reckoned_load(name: str, work: Work, chips: int, fsdp: int, domains: int, trained: float) -> Load:
     """What a phase would ask if every layer's weights were gathered at each use, and the token loop's once.
 
     Args:
       fsdp: parts that weights lie in.
-      slices: that gradients are summed over.
+      domains: slices, or hosts of GPUs, that gradients are summed over.
       trained: bytes of what is trained, all of it.
     """
     share = (fsdp - 1) / fsdp
     gathered = (work.held if name == "sample" else work.whole_bytes) * share
     reduced = 2 * trained * (chips - 1) / chips if name == "update" else 0.0
-    dcn = 2 * trained / (chips // slices) * (slices - 1) / slices if name == "update" else 0.0
+    dcn = 2 * trained / (chips // domains) * (domains - 1) / domains if name == "update" else 0.0
     return Load(work.flops(chips), work.bytes(chips), gathered + reduced, dcn)

@@ -55,11 +55,11 @@ def counted(run: Abstract) -> Counted:
 def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options) -> Plan:
     """The plan by arithmetic alone; of `run`, only config, mesh and layouts are read."""
     config, state = run.config, run.state
-    slices, fsdp = topology.slices, dict(run.mesh.shape).get("fsdp", 1)
+    domains, fsdp = topology.domains, dict(run.mesh.shape).get("fsdp", 1)
     trained = sum(float(x.size) * 4 for x in jax.tree.leaves(state.params))
     results = []
     for name, work in found.work.items():
-        load = roofline.reckoned_load(name, work, topology.chips, fsdp, slices, trained)
+        load = roofline.reckoned_load(name, work, topology.chips, fsdp, domains, trained)
         results.append(Result(name, work, load, roofline.estimate(load, topology.chip), None))
     sample = found.work["sample"]
     return Plan(
