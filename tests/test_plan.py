@@ -1,5 +1,6 @@
 """`uae_jax.plan`: counts against hand counts, HLO as the partitioner writes it, and whole plans for virtual devices."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -338,7 +339,10 @@ def get_config():
 def process(*arguments):
     """Runs Python with eight virtual devices."""
     environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8", PYTHONPATH=str(ROOT)
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     )
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -402,6 +406,9 @@ def test_what_does_not_fit_exits_3(tmp_path):
     assert memory["decode view"] == pytest.approx(3.086e9 * 2 / 2**30, rel=0.05)
     assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"]
     assert values["prompt_tokens_estimated"]
+    # two FLOPs a parameter and token: 8 x 8 captions of 256 tokens (the first comes from the prompt), and the prompts
+    written = 2 * 3.086e9 * 64 * 255 / 8
+    assert written < values["phases"]["sample"]["flops_per_chip"] < 1.2 * written
 
 
 def test_gpus_by_arithmetic(found):
@@ -433,3 +440,26 @@ def test_sweep_ranks_and_compiles_three(found):
 def test_a_machine_must_be_named():
     with pytest.raises(UserError, match="--topology"):
         plan.main(["plan", "--config=configs/tiny.py", "--topology=v5e:4y4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, code", [(16, 0), (2**16, 3)])
+def test_plans_for_a_tpu(tmp_path, batch, code):
+    """The tiny world on 16 chips; and with a batch whose activations no chip holds, in the compiler's own words."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    file = tmp_path / "plan.json"
+    sizes = [f"--config.data.batch_size={batch}", "--config.eval.batch_size=16", "--config.mesh.fsdp=16"]
+    done = process(
+        *("-m", "uae_jax.plan", "--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={file}"),
+        *(*sizes, "--config.mesh.data=1"),
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert values["fits"] == (code == 0)
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 31]
+    assert [(c["kind"], c["depth"], c["bytes"]) for c in loop] == [("all-reduce", 1, 1.0)]
+    messages = [phase["compiler_message"] for phase in values["phases"].values()]
+    assert any("RESOURCE_EXHAUSTED" in message for message in messages) == (code == 3)
+    if code == 3:
+        assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"] == 15.75 and values["advice"]
