@@ -52,9 +52,10 @@ def test_no_such_topology(name, slices):
 # ---- FLOPs on the jaxpr ----------------------------------------------------------------------------------------------
 
 
-def count(function, *shapes, with_batch=None, trips=1, dtype=jnp.float32):
+def count(function, *shapes, with_batch=None, trips=1, rows=(), dtype=jnp.float32):
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    return flops.count(jax.make_jaxpr(function)(*arguments), with_batch or [True] * len(shapes), trips)
+    known = flops.Known(trips, frozenset(rows))
+    return flops.count(jax.make_jaxpr(function)(*arguments), with_batch or [True] * len(shapes), known)
 
 
 def test_products():
@@ -75,6 +76,18 @@ def test_weights_are_told_from_the_batch():
     assert found.whole_flops == 2 * 5 * 7 * 11 and found.split_flops == 2 * 3 * 5 * 11
     assert found.whole_bytes == 4 * (35 + 77 + 55) + 4 * 55 and found.split_bytes == 4 * (15 + 33)
     assert found.flops(4) == found.split_flops / 4 + found.whole_flops
+
+
+def test_constants_repeated_along_the_batch_are_split_with_it():
+    """As a noise level is, for every row of the batch and for both branches of guidance."""
+
+    def embedded(w, level):
+        return jnp.broadcast_to(level, (2, 3, 4, 5)) @ w
+
+    arguments = {"with_batch": [False, False]}
+    assert count(embedded, (5, 7), (5,), **arguments).whole_flops == 2 * 24 * 5 * 7
+    found = count(embedded, (5, 7), (5,), rows=[(3, 4)], **arguments)
+    assert found.split_flops == 2 * 24 * 5 * 7 and found.whole_flops == 0
 
 
 def test_loops_count_as_often_as_they_run():

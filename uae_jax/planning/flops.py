@@ -36,14 +36,20 @@ class Work(NamedTuple):
         return self.split_bytes / chips + self.whole_bytes
 
 
-def count(jaxpr: core.ClosedJaxpr, with_batch: Sequence[bool], while_trips: int) -> Work:
+class Known(NamedTuple):
+    """What a jaxpr does not say."""
+
+    trips: int  # runs of the body of a loop whose end the data decides; a scan says its own
+    rows: frozenset[tuple[int, ...]] = frozenset()  # batch axes, as (b, g); constants repeated along them are split too
+
+
+def count(jaxpr: core.ClosedJaxpr, with_batch: Sequence[bool], known: Known) -> Work:
     """The work of one call.
 
     Args:
       with_batch: for each argument, whether it depends on the batch.
-      while_trips: runs of the body of a loop whose end the data decides; a scan says its own.
     """
-    return _walk(jaxpr.jaxpr, list(with_batch), while_trips)[0]
+    return _walk(jaxpr.jaxpr, list(with_batch), known)[0]
 
 
 def _bytes(variable: Any) -> float:
@@ -74,37 +80,37 @@ def _closed(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _walk(jaxpr: Any, with_batch: list[bool], trips: int) -> tuple[Work, list[bool]]:
+def _walk(jaxpr: Any, with_batch: list[bool], known: Known) -> tuple[Work, list[bool]]:
     """The work of a jaxpr, and which of its results depend on the batch."""
-    known: dict[Any, bool] = dict(zip(jaxpr.invars, with_batch, strict=True))
+    depends: dict[Any, bool] = dict(zip(jaxpr.invars, with_batch, strict=True))
 
     def of(variable: Any) -> bool:
-        return not isinstance(variable, core.Literal) and known.get(variable, False)
+        return not isinstance(variable, core.Literal) and depends.get(variable, False)
 
     work = Work()
     for equation in jaxpr.eqns:
         inputs = [of(x) for x in equation.invars]
-        done, outputs = _equation(equation, inputs, trips)
+        done, outputs = _equation(equation, inputs, known)
         work = work.plus(done)
-        known |= dict(zip(equation.outvars, outputs, strict=True))
+        depends |= dict(zip(equation.outvars, outputs, strict=True))
     return work, [of(x) for x in jaxpr.outvars]
 
 
-def _equation(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+def _equation(equation: Any, inputs: list[bool], known: Known) -> tuple[Work, list[bool]]:
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        return _scan(equation, inputs, trips)
+        return _scan(equation, inputs, known)
     if name == "while":
-        return _while(equation, inputs, trips)
+        return _while(equation, inputs, known)
     if name == "cond":
-        branches = [_walk(_closed(branch), inputs[1:], trips) for branch in params["branches"]]
+        branches = [_walk(_closed(branch), inputs[1:], known) for branch in params["branches"]]
         work = max((work for work, _ in branches), key=lambda w: w.split_flops + w.whole_flops)
         return work, [inputs[0] or any(found) for found in zip(*(outputs for _, outputs in branches), strict=True)]
     inner = [_closed(x) for x in params.values() if hasattr(_closed(x), "eqns")]
     for jaxpr in inner:  # jit, checkpoint, custom_vjp_call, ...: called once, with these arguments
         if len(jaxpr.invars) == len(inputs) and len(jaxpr.outvars) == len(equation.outvars):
-            return _walk(jaxpr, inputs, trips)
-    split = any(inputs)
+            return _walk(jaxpr, inputs, known)
+    split = any(inputs) or (name == "broadcast_in_dim" and _repeated(equation.outvars[0].aval.shape, known))
     flops = _product_flops(equation)
     if not flops:
         return Work(), [split] * len(equation.outvars)
@@ -114,30 +120,35 @@ def _equation(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list
     return Work(flops * split, flops * (not split), with_batch, without), [split] * len(equation.outvars)
 
 
-def _until_stable(body: Any, consts: list[bool], carry: list[bool], rest: list[bool], trips: int) -> Any:
+def _repeated(shape: tuple[int, ...], known: Known) -> bool:
+    """Whether an array has the batch's axes, first or behind the branches of guidance: its layout is then theirs."""
+    return any(shape[at : at + len(rows)] == rows for rows in known.rows for at in (0, 1))
+
+
+def _until_stable(body: Any, consts: list[bool], carry: list[bool], rest: list[bool], known: Known) -> Any:
     """The work of a loop's body, and which results depend on the batch once it has gone round."""
     while True:
-        work, outputs = _walk(body, consts + carry + rest, trips)
+        work, outputs = _walk(body, consts + carry + rest, known)
         grown = [a or b for a, b in zip(carry, outputs, strict=False)]
         if grown == carry:
             return work, carry, outputs[len(carry) :]
         carry = grown
 
 
-def _scan(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+def _scan(equation: Any, inputs: list[bool], known: Known) -> tuple[Work, list[bool]]:
     params = equation.params
     consts, carried = params["num_consts"], params["num_carry"]
     parts = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
-    work, carry, stacked = _until_stable(_closed(params["jaxpr"]), *parts, trips)
+    work, carry, stacked = _until_stable(_closed(params["jaxpr"]), *parts, known)
     return Work().plus(work, params["length"]), carry + stacked
 
 
-def _while(equation: Any, inputs: list[bool], trips: int) -> tuple[Work, list[bool]]:
+def _while(equation: Any, inputs: list[bool], known: Known) -> tuple[Work, list[bool]]:
     params = equation.params
     before, consts = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    work, carry, _ = _until_stable(_closed(params["body_jaxpr"]), inputs[before:consts], inputs[consts:], [], trips)
-    condition, _ = _walk(_closed(params["cond_jaxpr"]), inputs[:before] + carry, trips)
+    work, carry, _ = _until_stable(_closed(params["body_jaxpr"]), inputs[before:consts], inputs[consts:], [], known)
+    condition, _ = _walk(_closed(params["cond_jaxpr"]), inputs[:before] + carry, known)
     held = sum(_bytes(x) for x, split in zip(equation.invars[:consts], inputs[:consts], strict=True) if not split)
     carried = sum(_bytes(x) for x, split in zip(equation.invars[consts:], carry, strict=True) if split)
-    total = Work().plus(work, trips).plus(condition, trips + 1)
+    total = Work().plus(work, known.trips).plus(condition, known.trips + 1)
     return total._replace(carried=max(total.carried, carried), held=max(total.held, held)), carry

@@ -27,12 +27,12 @@ class Phase(NamedTuple):
         """As `jax.jit(...).lower` gives it."""
         return jax.jit(self.function, donate_argnums=self.donate).lower(*self.arguments)
 
-    def work(self, token_steps: int) -> flops.Work:
-        """The work of one call; `token_steps` is how often the token loop goes round."""
+    def work(self, known: flops.Known) -> flops.Work:
+        """The work of one call."""
         jaxpr = jax.make_jaxpr(self.function)(*self.arguments)
         leaves = [len(jax.tree.leaves(argument)) for argument in self.arguments]
         with_batch = [flag for flag, n in zip(self.with_batch, leaves, strict=True) for _ in range(n)]
-        return flops.count(jaxpr, with_batch, token_steps)
+        return flops.count(jaxpr, with_batch, known)
 
 
 def parts(run: Abstract) -> list[Phase]:

@@ -8,7 +8,7 @@ import jax
 
 from uae_jax import sharding
 from uae_jax.errors import UserError
-from uae_jax.planning import abstract, compiler, phases, roofline
+from uae_jax.planning import abstract, compiler, flops, phases, roofline
 from uae_jax.planning import topology as topologies
 from uae_jax.planning.abstract import Abstract
 from uae_jax.planning.flops import Work
@@ -48,8 +48,9 @@ class Counted(NamedTuple):
 
 def counted(run: Abstract) -> Counted:
     """Traces the parts and counts their work."""
-    parts = phases.parts(run)
-    return Counted({phase.name: phase.work(run.config.rl.max_tokens - 1) for phase in parts}, _handed_on(parts))
+    parts, images, rl = phases.parts(run), run.config.data.batch_size, run.config.rl
+    known = flops.Known(rl.max_tokens - 1, frozenset((b, rl.group_size) for b in (images, images // rl.microbatches)))
+    return Counted({phase.name: phase.work(known) for phase in parts}, _handed_on(parts))
 
 
 def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options) -> Plan:
