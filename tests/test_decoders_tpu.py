@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uae_jax import sharding
+from uae_jax.convert import folder
 from uae_jax.models import apply
 from uae_jax.models.flux.config import Config as FluxConfig
 from uae_jax.models.flux.model import FluxTransformer
@@ -86,18 +87,18 @@ def compiled_sizes(name: str, topology: str) -> dict[str, float]:
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(topology, "tpu").devices
-    mesh = Mesh(np.array(devices).reshape(1, -1), sharding.AXES)
+    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), sharding.AXES)
     model, width = model_of(name)
     params = abstract_params(name)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
         params,
-        sharding.param_shardings(params, mesh),
+        sharding.param_shardings(params, mesh, folder.rules_of(model.config, mesh)),
     )
     n = len(devices)
     guided = name == "sd3_5_large"
-    lead, split = ((2,), P(None, sharding.AXES)) if guided else ((), P(sharding.AXES))
-    noise = jax.ShapeDtypeStruct((n, SIDE, SIDE, 16), jnp.float32, sharding=NamedSharding(mesh, P(sharding.AXES)))
+    lead, split = ((2,), P(None, "fsdp")) if guided else ((), P("fsdp"))
+    noise = jax.ShapeDtypeStruct((n, SIDE, SIDE, 16), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     text, pooled = (
         jax.ShapeDtypeStruct((*lead, n, *shape), jnp.bfloat16, sharding=NamedSharding(mesh, split))
         for shape in ((TEXT, 4096), (width,))
@@ -114,8 +115,13 @@ def compiled_sizes(name: str, topology: str) -> dict[str, float]:
 
         return flow.euler(velocity, noise, levels)
 
-    memory = jax.jit(draw).lower(params, noise, text, pooled).compile().memory_analysis()
-    return {"peak": memory.peak_memory_in_bytes / 2**30, "arguments": memory.argument_size_in_bytes / 2**30}
+    lowered = jax.jit(sharding.under(mesh, draw)).lower(params, noise, text, pooled)
+    memory = lowered.compile().memory_analysis()
+    return {
+        "peak": memory.peak_memory_in_bytes / 2**30,
+        "arguments": memory.argument_size_in_bytes / 2**30,
+        "kernels": lowered.as_text().count("tpu_custom_call"),
+    }
 
 
 @pytest.mark.slow
@@ -134,3 +140,4 @@ def test_twenty_steps_compile_for_a_tpu(name):
     weights = COUNTS[name] * 2 / 16 / 2**30
     assert weights < sizes["arguments"] < 1.2 * weights
     assert sizes["arguments"] < sizes["peak"] < 15.75
+    assert sizes["kernels"] > 0, "attention is to be the TPU's kernel"

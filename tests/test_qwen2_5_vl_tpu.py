@@ -18,6 +18,7 @@ from configs import qwen2_5_vl_3b, qwen2_5_vl_7b
 from tests.test_qwen2_5_vl import from_manifest, manifest_of
 from uae_jax import config as base
 from uae_jax import lora, sharding
+from uae_jax.convert import folder
 from uae_jax.models.qwen2_5_vl.config import Config
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.qwen2_5_vl.prompts import Prompt, alike
@@ -87,14 +88,17 @@ def compiled_sizes(topology: str) -> dict[str, float]:
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(topology, "tpu").devices
-    mesh = Mesh(np.array(devices).reshape(1, -1), sharding.AXES)
+    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), sharding.AXES)
     model, params, images = abstract("3b", len(devices))
     allowed = np.ones(model.config.text.vocab_size, bool)
     adapters = jax.eval_shape(lambda p: lora.initial(p, 64, "language/layers/.*", jax.random.key(0)), params)
+    rules = folder.rules_of(model.config, mesh)
     placed = lambda tree: jax.tree.map(  # noqa: E731
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.param_shardings(tree, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        sharding.param_shardings(tree, mesh, rules),
     )
-    split = NamedSharding(mesh, P(sharding.AXES))
+    split = NamedSharding(mesh, P("fsdp"))
     batched = lambda shape, dtype: jax.ShapeDtypeStruct((len(devices), *shape), dtype, sharding=split)  # noqa: E731
     images = batched(images.shape[1:], images.dtype)
     group = (4, ANSWER)
@@ -117,7 +121,7 @@ def compiled_sizes(topology: str) -> dict[str, float]:
     def write(params, images, keys):
         seen = prompt_of(model.config, sharding.constrain_batch(images, mesh))
         sampling = Sampling(ANSWER, (model.config.eos_token_id,))
-        return caption.generate(model, params, seen, keys, allowed=allowed, sampling=sampling, mesh=mesh)
+        return caption.generate(model, params, seen, keys, allowed=allowed, sampling=sampling, mesh=mesh, rules=rules)
 
     sizes = {}
     for name, function, args in (

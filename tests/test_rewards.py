@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uae_jax import rewards
+from uae_jax import pixels, rewards
 from uae_jax.data.shapes import grammar, tokenizer
 from uae_jax.data.shapes.grammar import WORDS, Description, Mention
 from uae_jax.data.shapes.scene import sample_scene
@@ -123,7 +123,8 @@ def test_clip_tower():
     found = features(params, x)
     assert found.shape == (2, 3, 8)
     np.testing.assert_allclose(jnp.linalg.norm(found, axis=-1), 1, atol=1e-5)
-    raw = jax.jit(lambda p, x: apply(module, p, x, method="image_features"))(params, rewards.normalised(x, 12))
+    seen = pixels.process(x, pixels.processing(config))
+    raw = jax.jit(lambda p, x: apply(module, p, x, method="image_features"))(params, seen)
     np.testing.assert_allclose(found, raw / jnp.linalg.norm(raw, axis=-1, keepdims=True), atol=1e-5)
 
 

@@ -17,8 +17,12 @@ from uae_jax import config as base
 from uae_jax import sharding
 from uae_jax.errors import UserError
 from uae_jax.sampling import tokens
+from uae_jax.sharding import Split
 
 # ---- specs -----------------------------------------------------------------------------------------------------------
+
+
+RULES = ((".*", Split.GATHERED),)
 
 
 @pytest.mark.parametrize(
@@ -40,18 +44,27 @@ from uae_jax.sampling import tokens
     ],
 )
 def test_param_spec(shape, fsdp, expected):
-    assert sharding.param_spec(shape, fsdp) == expected
+    sizes = {"slice": 1, "data": 1, "fsdp": fsdp, "tensor": 1}
+    assert sharding.param_spec("kernel", shape, sizes, RULES) == expected
+    # Where no rule splits by tensor, what is stored is.
+    sizes["fsdp"], sizes["tensor"] = 1, fsdp
+    other = P(*["tensor" if part else None for part in expected])
+    assert sharding.param_spec("kernel", shape, sizes, RULES) == other
 
 
 # ---- on 8 devices ----------------------------------------------------------------------------------------------------
 
 
-def mesh_or_error(data, fsdp, *, batch=8, microbatches=1, evaluation=64, devices=None):
+def mesh_or_error(data, fsdp, tensor=1, *, batch=8, microbatches=1, evaluation=64, devices=None, slices=1, other=None):
     config = base.default()
-    config.mesh.data, config.mesh.fsdp = data, fsdp
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slice = data, fsdp, tensor, slices
+    if other:
+        config.unlock()
+        config.mesh = other
+    config.rl.group_size = 3  # nothing divides it
     config.data.batch_size, config.rl.microbatches, config.eval.batch_size = batch, microbatches, evaluation
     try:
-        return dict(sharding.make_mesh(config, devices).shape)
+        return list(sharding.make_mesh(config, devices).shape.values())
     except UserError as error:
         return str(error)
 
@@ -105,6 +118,10 @@ def on_eight_devices():
         "given": mesh_or_error(4, 2),
         "accumulated": mesh_or_error(2, 4, batch=16, microbatches=2),
         "devices": mesh_or_error(-1, 1, devices=jax.devices()[:2]),
+        "tensor": mesh_or_error(-1, 2, 2),
+        "slices": mesh_or_error(-1, 2, 2, slices=2),
+        "some": mesh_or_error(1, 1, other={"fsdp": -1, "tensor": 4}),
+        "unknown": mesh_or_error(1, 1, other={"fsdp": -1, "expert": 4}),
         "few": mesh_or_error(1, 4),
         "many": mesh_or_error(4, 4),
         "uneven": mesh_or_error(-1, 3),
@@ -116,14 +133,14 @@ def on_eight_devices():
         "evaluation": mesh_or_error(-1, 1, evaluation=20),
     }
 
-    mesh = jax.make_mesh((2, 4), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((1, 2, 4, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     rng = np.random.default_rng(0)
     host = {
         "stack": rng.normal(size=(4, 256, 128)).astype(np.float32),
         "table": rng.normal(size=(1024, 96)).astype(np.float32),
         "bias": np.arange(7, dtype=np.float32),
     }
-    placed = sharding.place(host, mesh)
+    placed = sharding.place(host, mesh, RULES)
     found["place"] = {
         name: {
             "shard": x.addressable_shards[0].data.shape,
@@ -137,18 +154,27 @@ def on_eight_devices():
     constrain = jax.jit(lambda x: sharding.constrain_batch({"x": x}, mesh, axis=1)["x"])
     found["constrained"] = constrain(jnp.ones((3, 8, 5))).addressable_shards[0].data.shape
 
-    view = jax.jit(lambda p: sharding.decode_view(p, mesh, jnp.bfloat16))(placed)
+    view = jax.jit(lambda p: sharding.decode_view(p, mesh, jnp.bfloat16, RULES))(placed)
     found["view"] = {
         name: [x.is_fully_replicated, str(x.dtype), np.array_equal(x, host[name].astype(jnp.bfloat16))]
         for name, x in view.items()
     }
 
-    square = sharding.place(rng.normal(size=(3, 256, 256)).astype(np.float32), mesh)
-    rows = jax.device_put(rng.normal(size=(8, 256)).astype(np.float32), sharding.batch_sharding(mesh))
+    split = (("bias", Split.COPIED), (".*", Split.ROWS))
+    both = jax.make_mesh((1, 2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    parts = sharding.place(host, both, split)
+    kept = jax.jit(lambda p: sharding.decode_view(p, both, jnp.bfloat16, split))(parts)
+    found["tensor"] = {
+        name: [parts[name].addressable_shards[0].data.shape, kept[name].addressable_shards[0].data.shape]
+        for name in host
+    }
+
+    square = sharding.place({"w": rng.normal(size=(3, 256, 256)).astype(np.float32)}, mesh, RULES)["w"]
+    rows = jax.device_put(rng.normal(size=(8, 256)).astype(np.float32), sharding.batch_sharding(mesh, 8))
     keys = jax.random.split(jax.random.key(0), 8)
 
     def viewed(w, h, k):
-        return rollout(sharding.decode_view(w, mesh, jnp.float32), h, k, mesh)
+        return rollout(sharding.decode_view({"w": w}, mesh, jnp.float32, RULES)["w"], h, k, mesh)
 
     def direct(w, h, k):
         return rollout(w, h, k, mesh)
@@ -178,16 +204,19 @@ def found():
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("default", (8, 1)),
-        ("fsdp", (1, 8)),
-        ("both", (2, 4)),
-        ("given", (4, 2)),
-        ("accumulated", (2, 4)),
-        ("devices", (2, 1)),
+        ("default", [1, 8, 1, 1]),
+        ("fsdp", [1, 1, 8, 1]),
+        ("both", [1, 2, 4, 1]),
+        ("given", [1, 4, 2, 1]),
+        ("accumulated", [1, 2, 4, 1]),
+        ("devices", [1, 2, 1, 1]),
+        ("tensor", [1, 2, 2, 2]),
+        ("slices", [2, 1, 2, 2]),
+        ("some", [1, 1, 2, 4]),
     ],
 )
 def test_meshes(found, name, expected):
-    assert found["meshes"][name] == dict(zip(sharding.AXES, expected, strict=True))
+    assert found["meshes"][name] == expected
 
 
 @pytest.mark.parametrize(
@@ -199,8 +228,9 @@ def test_meshes(found, name, expected):
         ("two", ["config.mesh", "data=-1, fsdp=-1"]),
         ("zero", ["config.mesh", "data=0"]),
         ("negative", ["config.mesh", "data=-2"]),
-        ("batch", ["config.data.batch_size", "= 12", "multiple of 8"]),
-        ("microbatch", ["rl.microbatches", "= 4", "multiple of 8"]),
+        ("unknown", ["config.mesh.expert", "slice, data, fsdp, tensor"]),
+        ("batch", ["config.data.batch_size", "= 12 images", "data=8"]),
+        ("microbatch", ["rl.microbatches", "= 4 images", "data=2"]),
         ("evaluation", ["config.eval.batch_size = 20", "multiple of 8"]),
     ],
 )
@@ -225,8 +255,16 @@ def test_decode_view_is_replicated_in_the_compute_type(found):
     assert found["view"] == {name: [True, "bfloat16", True] for name in ("stack", "table", "bias")}
 
 
+def test_the_view_stays_split_by_tensor(found):
+    assert found["tensor"] == {
+        "stack": [[4, 128, 64], [4, 128, 128]],
+        "table": [[512, 48], [512, 96]],
+        "bias": [[7], [7]],
+    }
+
+
 def test_decode_view_without_a_mesh_is_a_cast():
-    found = sharding.decode_view({"a": jnp.ones(3)}, None, jnp.bfloat16)
+    found = sharding.decode_view({"a": jnp.ones(3)}, None, jnp.bfloat16, ())
     assert found["a"].dtype == jnp.bfloat16
     assert sharding.constrain_batch("anything", None) == "anything"
 

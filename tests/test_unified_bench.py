@@ -55,6 +55,7 @@ def pictures(tmp_path_factory):
     for i in range(6):
         save(root / f"sources/{i}.png", picture(i))
         save(root / f"bad/{i}.png", picture(i, noise=120))
+    save(root / "bad/5.png", picture(5)[::2])  # of another size
     save(root / "good/0.png", picture(0))  # same name
     save(root / "good/deep/1.bmp", picture(1, noise=5))  # same stem
     save(root / "good/recon_2.png", picture(2, noise=5))
@@ -174,8 +175,12 @@ def test_command_line(towers, pictures, tmp_path, capsys):
     where = ",".join(f"{name}={path}" for name, path in towers.items())
     flags = [f"--sources={pictures}/sources", f"--reconstructions={pictures}/bad", f"--out={tmp_path}"]
     evaluate.main(["evaluate", "unified_bench", *flags, f"--towers={where}"])
-    assert "| **overall** |" in capsys.readouterr().out
-    assert json.loads((tmp_path / "unified_bench.json").read_text())["missing"] == []
+    printed = capsys.readouterr()
+    assert "| **overall** |" in printed.out and "1 other_size" in printed.out
+    assert "warning: 1 of 6 reconstructions have another size" in printed.err
+    result = json.loads((tmp_path / "unified_bench.json").read_text())
+    assert result["missing"] == []
+    assert result["other_size"] == [{"source": "5.png", "size": [30, 24], "reconstruction": [30, 12]}]
     for arguments, message in (
         (["unified_bench", *flags, "--towers=clip"], "not NAME=DIR"),
         (["unified_bench", *flags, "--towers=a=b,a=c"], "twice"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import tiny, tiny_coldstart
+from configs import tiny, tiny_ar_coldstart, tiny_coldstart
 from uae_jax import runtime
 from uae_jax.convert import folder
 from uae_jax.data.shapes import tokenizer
@@ -14,6 +14,7 @@ from uae_jax.data.sources import ShapesSource
 from uae_jax.models import initial
 from uae_jax.models.cell_classifier.model import CellClassifier
 from uae_jax.models.clip.model import CLIP
+from uae_jax.models.janus.model import Janus
 from uae_jax.models.projector.model import Projector
 from uae_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from uae_jax.models.sd3.model import SD3Transformer
@@ -37,9 +38,11 @@ def coldstart_config(**changes):
     c.models.transformer.num_layers = 2
     c.models.clip.text_config.num_hidden_layers = 1
     c.models.clip.vision_config.num_hidden_layers = 1
-    c.tower.steps = c.decoder.steps = c.captioner.see_steps = 2
+    c.models.dinov2.num_hidden_layers = 1
+    c.models.siglip.vision_config.num_hidden_layers = c.models.siglip.text_config.num_hidden_layers = 1
+    c.tower.steps = c.bench_tower.steps = c.decoder.steps = c.captioner.see_steps = 2
     c.captioner.terse_steps = 1
-    c.tower.batch_size = c.captioner.batch_size = c.decoder.batch_size = 4
+    c.tower.batch_size = c.bench_tower.batch_size = c.captioner.batch_size = c.decoder.batch_size = 4
     c.data.held_out = c.eval.batch_size = 4
     return changed(c, changes)
 
@@ -84,6 +87,44 @@ def write_weights(target: Path, seed: int = 0) -> Path:
     judge = CellClassifier(model_config(config, "judge"))
     folder.save_model(target / "judge", judge.config, initial(judge, keys[5], image))
     return target
+
+
+def ar_coldstart_config(**changes):
+    """The cold start of the autoregressive world at test size."""
+    c = tiny_ar_coldstart.get_config()
+    c.unlock()
+    c.models.janus.text_config.num_hidden_layers = 2
+    c.models.janus.vision_config.num_hidden_layers = 1
+    c.models.tokenizer.channel_multiplier = [1, 1, 1, 1]
+    c.models.tokenizer.num_embeddings = 32
+    c.models.tokenizer.latent_channels = 32
+    c.tokenizer.steps = c.joint.see_steps = 2
+    c.joint.terse_steps = 1
+    c.joint.batch_size = c.tokenizer.batch_size = 4
+    c.data.held_out = c.eval.batch_size = 4
+    return changed(c, changes)
+
+
+CODES = 36  # of an image of `write_janus`
+
+
+def write_janus(target: Path, seed: int = 0) -> Path:
+    """Writes an untrained model that captions and draws, as janus/; returns the folder."""
+    model = Janus(model_config(ar_coldstart_config(), "janus"))
+    size, c = model.config.vision.image_size, model.config
+    tokens = jnp.full((1, c.vision.num_patches), c.image_token_id)
+    params = initial(model, jax.random.key(seed), jnp.zeros((1, size, size, 3)), tokens)
+    params = louder(params)
+    params["gen_head"]["vision_head"] = jax.tree.map(lambda x: 3 * x, params["gen_head"]["vision_head"])
+    folder.save_model(target / "janus", c, params)
+    tokenizer.build().save(str(target / "janus" / "tokenizer.json"))
+    return target
+
+
+def ar_config(weights: Path, towers: Path, **changes):
+    """The tiny run of the autoregressive family at test size, towers and judge being those of another folder."""
+    suffix = tiny_ar_coldstart.get_config().prompt.redraw_suffix
+    return config(weights, towers=str(towers), prompt__redraw_suffix=suffix, **changes)
 
 
 def config(weights: Path, **changes):

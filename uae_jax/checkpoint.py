@@ -228,6 +228,22 @@ def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
         write_atomic(Path(workdir) / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
+def write_environment(workdir: str | os.PathLike, environment: Mapping[str, Any]) -> None:
+    """Writes workdir/environment.json, of the latest start, on the first process, and prints the compiler's flags.
+
+    Args:
+      workdir: of the run.
+      environment: `runtime.environment`'s.
+
+    Raises:
+      UserError: the disk refuses.
+    """
+    if jax.process_index() == 0:
+        for variable, flags in environment["flags"].items():
+            print(f"{variable}: {flags}", flush=True)
+        write_atomic(Path(workdir) / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+
 def check_config(workdir: str | os.PathLike, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()) -> None:
     """Refuses to go on in a workdir whose config.json is another run's. Passes where there is none.
 

@@ -11,32 +11,37 @@ from ml_collections import ConfigDict
 
 from uae_jax.errors import UserError
 
-STAGES = ("tower", "captioner", "decoder", "rl")
+STAGES = ("tower", "bench_tower", "captioner", "decoder", "tokenizer", "joint", "rl")
+PAIR_SOURCES = ("jsonl", "tfds")  # of pictures with captions
 
 # Fields that may change between a run and its continuation in the same workdir.
-MAY_DIFFER = ("stage", "steps", "checkpoint", "eval")
+# The last four change how a step is computed, not what.
+MAY_DIFFER = (
+    "stage", "steps", "checkpoint", "eval", "stop_on_gap", "mesh", "remat", "rl.rollout_microbatches", "redraw.gather"
+)  # fmt: skip
 
 
 def default() -> ConfigDict:
     """The base of all configs."""
     c = ConfigDict()
 
-    c.stage = "rl"  # what to run: tower, captioner, decoder (supervised cold start), rl; several: "tower,captioner"
+    c.stage = "rl"  # what to run: rl, or a part of a supervised cold start (STAGES); several: "tower,captioner"
     c.steps = 1000  # updates of the rl stage
     c.seed = 0  # of everything random: data order, sampling, noise, initialisation
-    c.weights = ""  # folder with captioner/, transformer/, projector/, ...; "" = the shipped tiny world
+    c.weights = ""  # folder with captioner/, projector/ ..., or with janus/; or a shipped one: tiny (""), tiny_ar
+    c.towers = ""  # folder with the towers that reward and monitor name, and the judge; "" = that of the weights
     c.dtype = "float32"  # compute type of all models: float32 or bfloat16 (master weights stay float32)
-    c.remat = True  # recompute activations in the backward pass: less memory, about a third more work
+    c.remat = "full"  # what the backward pass computes again: full, dots or none (uae_jax.models.REMAT)
 
     # The loop: image -> caption -> redrawn image.
-    c.train = "encoder"  # which side RL updates
+    c.train = "encoder"  # what RL learns from: encoder (captions), decoder (the image tokens it samples), both
     c.trainable = r"language/.*"  # regex over the encoder's parameter paths: what is trained; the rest stays frozen
     c.lora = ConfigDict()
     c.lora.rank = 0  # of low-rank adapters (LoRA), which then are all that is trained; 0: none, train `trainable`
     c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
     c.lora.target = r"language/layers/.*"  # regex over the encoder's parameter paths: kernels that get an adapter
     c.condition_source = "text"  # text: the caption is read again, alone; in_context: states that saw the image
-    c.text_encoder = "frozen"  # which weights read it: frozen (those at the start) or live (those in training)
+    c.text_encoder = "frozen"  # whose weights read it to draw: frozen (as at the start) or live (in training)
     c.mask_text = True  # hide padding from the decoder; False is what diffusers' SD3 and the released UAE do
 
     c.prompt = ConfigDict()
@@ -55,7 +60,11 @@ def default() -> ConfigDict:
     c.rl.clip_high = 0.2  # ... 1 + clip_high
     c.rl.inner_epochs = 1  # updates per rollout; clipping only acts from the second
     c.rl.microbatches = 1  # gradient accumulation: the batch of images is split into this many parts
-    c.rl.normaliser = "constant"  # mean over actions: constant (max_tokens), sequence (per sample), token (batch)
+    c.rl.rollout_microbatches = 1  # ... and into this many to caption, redraw and score them, one after the other
+    c.rl.normaliser = "constant"  # mean over a segment's actions: constant (its limit), sequence, token (batch)
+    c.rl.weights = ConfigDict()
+    c.rl.weights.caption = 1.0  # weight of the caption's part of the objective, a mean over its own tokens ...
+    c.rl.weights.image = 1.0  # ... and of the image tokens' part, where they are learnt from
     c.rl.scale_by_std = True  # divide advantages by the group's standard deviation
     c.rl.advantage_eps = 1e-4  # added to that standard deviation
     c.rl.truncated = "keep"  # captions cut off at max_tokens: keep, mask (no gradient), zero (reward 0)
@@ -70,19 +79,24 @@ def default() -> ConfigDict:
     c.redraw.shift = 1.0  # moves the steps towards noise (SD3 uses 3); a scheduler/ beside the weights says it instead
     c.redraw.spacing = "uniform"  # of noise levels: uniform, or diffusers (SD3's scheduler, to the letter)
     c.redraw.prediction = "velocity"  # what the decoder was trained to predict: velocity or sample
-    c.redraw.same_noise = True  # one initial noise per group, so that only the caption differs inside it
-    c.redraw.slice_vae = False  # decode latents one sample of each group at a time: less memory
+    c.redraw.same_noise = True  # one initial noise (one draw of image tokens) per group: only the caption differs in it
+    c.redraw.temperature = 1.0  # of image tokens, where the weights draw with them; 0 = the most likely ones
+    c.redraw.slice_vae = False  # decode latents one sample of each group (a device) at a time: less memory
+    c.redraw.tile_vae = 0  # ... in blended tiles of so many pixels a side, as diffusers does (512); 0: as a whole
+    c.redraw.gather = "layer"  # the decoder's weights where fsdp splits them: layer by layer at every step, or once
 
     # A reward's name is a tower's folder of weights (CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP, by its config.json), or
     # "length" or "wellformed", of the caption alone; names joined by "*" are multiplied.
     c.reward = ConfigDict({"clip": 1.0})  # weights of the rewards; {"clip": 1.0} is the paper
     c.monitor = ("clip_second",)  # towers that are logged beside the reward and never trained on
+    c.stop_on_gap = 0.0  # stop once the reward's towers gain so much more than a monitored one (`gap`); 0: never
 
     c.optimizer = optimizer("adamw", 1e-4, warmup=10)
 
     c.data = ConfigDict()
-    c.data.source = "shapes"  # shapes (rendered scenes), folder (your own images), jsonl (with captions: stage decoder)
-    c.data.path = ""  # the folder, or the file of {"image": path, "caption": text}, a line each
+    c.data.source = "shapes"  # shapes (rendered scenes), folder (your images); captioned, stage decoder: jsonl, tfds
+    # The file holds {"image": path, "caption": text}, a line each; TFDS' folder is DATASET/VERSION, as array_record.
+    c.data.path = ""  # the folder, the file, or TFDS' folder
     c.data.image_size = 48  # pixels; images are resized and centre-cropped to squares
     c.data.batch_size = 8  # images a step, over all devices
     c.data.max_objects = 4  # shapes: objects in a scene
@@ -102,8 +116,10 @@ def default() -> ConfigDict:
     c.checkpoint.keep = 2  # how many stay on disk
 
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    c.mesh.slice = 1  # slices of a pod, or nodes, joined by a slower network: each has a copy of the weights
     c.mesh.data = -1  # copies of the weights, each with its part of the batch
-    c.mesh.fsdp = 1  # weights split over this many devices, batch too
+    c.mesh.fsdp = 1  # weights stored in parts over this many devices, batch too
+    c.mesh.tensor = 1  # heads and MLPs of the language model used in parts over this many devices
 
     return c.lock()
 
@@ -126,7 +142,15 @@ def decoder() -> Any:
     c = ConfigDict()
     c.steps = 10000
     c.batch_size = 64  # pairs a step, over all devices
-    c.trainable = r"projector/.*"  # regex over projector/... and transformer/...; next r"(projector|transformer)/.*"
+    c.trainable = r"projector/.*"  # regex over projector/..., transformer/...; "": adapters alone
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters of the decoder, trained beside `trainable`; 0: none
+    c.lora.alpha = 32.0  # a kernel becomes kernel + (alpha / rank) a @ b
+    c.lora.target = r"transformer/\w*block.*"  # regex as above: kernels that get an adapter
+    c.split = "train"  # of a tfds source
+    c.image_key = "image"  # its features, or
+    c.caption_key = "caption"  # ... "a/b" inside one; of several captions the first
+    c.latents = ""  # folder in which pictures are kept as the VAE's Gaussians, encoded once; "": encoded at every step
     c.max_tokens = 256  # of a caption, its end token included; longer ones are cut
     c.dropout = 0.1  # share of captions replaced by config.prompt.negative, for guidance
     c.level_mean = 0.0  # noise levels are sigmoid(mean + std n) ...
@@ -149,6 +173,9 @@ def _validate_pairs(c: ConfigDict) -> None:
         _require(d[field] >= 1, f"decoder.{field}", d[field], "must be at least 1")
     for field in ("dropout", "ema"):
         _require(0 <= d[field] < 1, f"decoder.{field}", d[field], "must lie from 0 to below 1")
+    _require(bool(d.trainable) or d.lora.rank > 0, "decoder.trainable", d.trainable, "without adapters, nothing learns")
+    _require(d.lora.rank >= 0, "decoder.lora.rank", d.lora.rank, "must not be negative; 0 trains without adapters")
+    _require(d.lora.alpha > 0, "decoder.lora.alpha", d.lora.alpha, "must be above 0")
     for field in ("level_std", "shift"):
         _require(d[field] >= 0, f"decoder.{field}", d[field], "must not be negative")
 
@@ -183,17 +210,19 @@ def validate(c: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no sense."""
     for stage in stages(c):
         _require(stage in STAGES, "stage", stage, "use one of " + ", ".join(STAGES))
-    _one_of(c, "train", "encoder")
+    _one_of(c, "train", "encoder", "decoder", "both")
     _one_of(c, "condition_source", "text", "in_context")
     _one_of(c, "text_encoder", "frozen", "live")
     _one_of(c, "dtype", "float32", "bfloat16")
+    _one_of(c, "remat", "full", "dots", "none")
+    _one_of(c, "redraw.gather", "layer", "once")
     _one_of(c, "rl.normaliser", "constant", "sequence", "token")
     _one_of(c, "rl.truncated", "keep", "mask", "zero")
     _one_of(c, "rl.malformed", "keep", "group_min", "zero")
     _one_of(c, "redraw.spacing", "uniform", "diffusers")
     _one_of(c, "redraw.prediction", "velocity", "sample")
-    _one_of(c, "data.source", "shapes", "folder", "jsonl")
-    if c.data.source == "jsonl":
+    _one_of(c, "data.source", "shapes", "folder", *PAIR_SOURCES)
+    if c.data.source in PAIR_SOURCES:
         _validate_pairs(c)
     rl = c.rl
     _require(rl.group_size >= 2, "rl.group_size", rl.group_size, "a group of one has no baseline; use 2 or more")
@@ -205,8 +234,10 @@ def validate(c: ConfigDict) -> None:
             field not in rl, f"rl.{field}", rl.get(field), f"a rollout draws from all tokens; see config.eval.{field}"
         )
     _require(rl.beta >= 0, "rl.beta", rl.beta, "must not be negative")
-    for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "logit_chunk"):
+    for field in ("max_tokens", "token_budget", "inner_epochs", "microbatches", "rollout_microbatches", "logit_chunk"):
         _require(rl[field] >= 1, f"rl.{field}", rl[field], "must be at least 1")
+    for name, weight in rl.weights.items():
+        _require(weight >= 0, f"rl.weights.{name}", weight, "must not be negative")
     for field in ("batch_size", "image_size", "held_out", "max_objects"):
         _require(c.data[field] >= 1, f"data.{field}", c.data[field], "must be at least 1")
     _require(c.data.max_objects <= 4, "data.max_objects", c.data.max_objects, "captions hold at most 4")
@@ -214,6 +245,7 @@ def validate(c: ConfigDict) -> None:
     _require(c.lora.rank >= 0, "lora.rank", c.lora.rank, "must not be negative; 0 trains without adapters")
     _require(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "must be above 0")
     _require(c.steps >= 0, "steps", c.steps, "must not be negative")
+    _require(c.stop_on_gap >= 0, "stop_on_gap", c.stop_on_gap, "must not be negative; 0 never stops")
     _require(c.redraw.steps >= 1, "redraw.steps", c.redraw.steps, "must be at least 1")
     _require(
         c.redraw.distilled_guidance >= 0,
@@ -221,6 +253,8 @@ def validate(c: ConfigDict) -> None:
         c.redraw.distilled_guidance,
         "must not be negative",
     )
+    _require(c.redraw.tile_vae >= 0, "redraw.tile_vae", c.redraw.tile_vae, "must not be negative; 0 decodes as a whole")
+    _require(c.redraw.temperature >= 0, "redraw.temperature", c.redraw.temperature, "must not be negative")
     _require(c.redraw.shift > 0, "redraw.shift", c.redraw.shift, "must be above 0; 1 does not shift")
     _require(c.eval.every >= 0, "eval.every", c.eval.every, "must not be negative")
     _require(c.eval.temperature >= 0, "eval.temperature", c.eval.temperature, "must not be negative")
@@ -232,18 +266,19 @@ def validate(c: ConfigDict) -> None:
     for field in ("optimizer", *(f"{stage}.optimizer" for stage in STAGES if "optimizer" in c.get(stage, {}))):
         _validate_optimizer(c, field)
     _require(bool(c.reward), "reward", dict(c.reward), 'name at least one, as {"clip": 1.0}')
-    _require(
-        c.data.batch_size % rl.microbatches == 0,
-        "rl.microbatches",
-        rl.microbatches,
-        f"must divide config.data.batch_size = {c.data.batch_size}",
-    )
+    for field in ("microbatches", "rollout_microbatches"):
+        _require(
+            c.data.batch_size % rl[field] == 0,
+            f"rl.{field}",
+            rl[field],
+            f"must divide config.data.batch_size = {c.data.batch_size}",
+        )
     _require(
         c.data.source == "shapes" or bool(c.data.path), "data.path", c.data.path, "name the folder with your images"
     )
     patterns = [("trainable", c.trainable), ("lora.target", c.lora.target)]
-    if c.data.source == "jsonl":
-        patterns.append(("decoder.trainable", c.decoder.trainable))
+    if c.data.source in PAIR_SOURCES:
+        patterns += [("decoder.trainable", c.decoder.trainable), ("decoder.lora.target", c.decoder.lora.target)]
     for field, pattern in patterns:
         try:
             re.compile(pattern)

@@ -33,7 +33,7 @@ def initial(params: Params, rank: int, target: str, key: jax.Array) -> Params:
     kernels = sorted(path for path in shapes if path.endswith("/kernel"))
     chosen = [path for path in kernels if re.match(target, path)]
     if not chosen:
-        raise UserError(f"config.lora.target = {target!r} matches no kernel; their paths look like {kernels[0]}")
+        raise UserError(f"lora.target = {target!r} matches no kernel; their paths look like {kernels[0]}")
     adapters: Params = {}
     for i, path in enumerate(chosen):
         *layers, inputs, outputs = shapes[path]

@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> None:
     """Parses the command line and trains."""
     config = runtime.parse(FLAGS, arguments)
     configs.validate(config)
+    runtime.refuse_many_processes()
     runtime.prepare()
     from uae_jax import train  # only now: jax reads its environment when it is imported
 

@@ -6,7 +6,12 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from uae_jax.sharding import Rules, Split
 from uae_jax.umm import Params
+
+# An optimizer's state has the shapes and the paths of the parameters, behind its own, and takes their sharding rules.
+# What else it holds:
+RULES: Rules = ((r".*/ns_coeffs", Split.COPIED),)
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:

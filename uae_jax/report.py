@@ -1,9 +1,9 @@
 """What runs came to: `python -m uae_jax.report WORKDIR... --out=DIR` writes a table and two pictures.
 
 table.md: every score before and after, the paired change with its 95% interval over the held-out images of all runs
-together, and the change in each run. curves.png: reward and caption length against steps (the paper's Figure 8), and
-the canary of a live text encoder. redraws.png: the same held-out images redrawn along the way (its Figure 5), of the
-first run.
+together, and the change in each run. curves.png: reward and caption length against steps (the paper's Figure 8), the
+canary of a live text encoder, and how far the reward's towers run ahead of monitored ones (`gap`). redraws.png: the
+same held-out images redrawn along the way (its Figure 5), of the first run.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from uae_jax import pictures, runtime, storage
+from uae_jax import gap, pictures, runtime, storage
 from uae_jax.bench import scores
 from uae_jax.bench.scores import Scores
 from uae_jax.errors import UserError
@@ -85,7 +85,10 @@ def curves(runs: list[Run]) -> Any:
     except ImportError:
         raise UserError("the curves need matplotlib: pip install 'uae_jax[eval]'") from None
 
-    shown = {name: label for name, label in CURVES.items() if any(name in row for row in runs[0].metrics)}
+    logged = {name for row in runs[0].metrics for name in row}
+    shown = {name: label for name, label in CURVES.items() if name in logged}
+    gaps = {name: f"gap to {name.removeprefix(gap.PREFIX)}" for name in sorted(logged) if name.startswith(gap.PREFIX)}
+    shown |= gaps
     figure = Figure(figsize=(4.5 * len(shown), 3.2), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (name, label) in zip(axes, shown.items(), strict=True):
@@ -93,7 +96,7 @@ def curves(runs: list[Run]) -> Any:
             points = [(row["step"], row[name]) for row in run.metrics if row.get(name) is not None]
             steps, values = np.array(points).reshape(-1, 2).T
             axis.plot(steps, values, linewidth=1, label=run.workdir.name, marker="." if len(points) < 30 else None)
-        if name != "caption/length" and "reward_ceiling" in runs[0].before:
+        if name != "caption/length" and name not in gaps and "reward_ceiling" in runs[0].before:
             ceiling = scores.pooled([run.before for run in runs])["reward_ceiling"].mean
             axis.axhline(ceiling, color="gray", linestyle="--", linewidth=1, label="ceiling at the start")
         axis.set(xlabel="step", title=label)

@@ -23,7 +23,7 @@ from uae_jax.models.dinov2.model import DINOv2
 from uae_jax.models.dinov3.config import Config as DINOv3Config
 from uae_jax.models.dinov3.model import DINOv3
 from uae_jax.models.siglip.model import SigLIP
-from uae_jax.pixels import CLIP_MEAN, CLIP_STD, process, processing
+from uae_jax.pixels import CLIP_MEAN, CLIP_STD, Processing, process, processing
 
 # Rewards of the caption alone; every other name is a tower, and a folder of weights.
 OF_TEXT = ("length", "wellformed")
@@ -63,21 +63,19 @@ def embedding(config: Any, dtype: Any) -> Callable[[Any, jax.Array], jax.Array]:
     return lambda params, pixels: unit(apply(module, params, pixels, method="image_features"))
 
 
-def tower(config: Any, dtype: Any) -> Callable[[Any, jax.Array], jax.Array]:
+def tower(config: Any, dtype: Any, how: Processing | None = None) -> Callable[[Any, jax.Array], jax.Array]:
     """features(params, images [..., H, W, 3] in 0..1) -> unit vectors [..., d], smooth in the images.
 
-    As `embedding`, after the tower's own processing; CLIP sees the whole image, as the sources of a run are squares.
+    As `embedding`, after the tower's own processing.
+
+    Args:
+      how: of its folder (`pixels.load`); by default its class's.
 
     Raises:
       UserError: it is no tower's config.
     """
-    embed, how = embedding(config, dtype), processing(config)
-
-    def features(params: Any, images: jax.Array) -> jax.Array:
-        clip = isinstance(config, CLIPConfig)
-        return embed(params, normalised(images, how.size) if clip else process(images, how))
-
-    return features
+    embed, how = embedding(config, dtype), how or processing(config)
+    return lambda params, images: embed(params, process(images, how))
 
 
 Towers = Mapping[str, Callable[[Any, jax.Array], jax.Array]]

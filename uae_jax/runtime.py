@@ -20,6 +20,20 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
     """The config of `--config=FILE --config.FIELD=VALUE`.
 
     Raises:
+      UserError: see `parse_flags`; or there is no config, or another argument.
+    """
+    rest = parse_flags(values, arguments)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: fields are changed by --config.FIELD=VALUE")
+    if values.config is None:
+        raise UserError("no config: name one by --config=FILE, for example --config=configs/tiny.py")
+    return values.config
+
+
+def parse_flags(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Sets the flags of a command line, and gives its other arguments.
+
+    Raises:
       UserError: a flag or field that does not exist, a value of the wrong type, a config file that cannot be read.
     """
     if "--help" in arguments or "-h" in arguments:
@@ -29,8 +43,10 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
         file = re.match(r"--config=([^:]*)", argument)
         if file and not Path(file[1]).is_file():
             raise UserError(f"--config: there is no file {file[1]!r}")
+    for name in values:
+        values[name].unparse()  # of an earlier command in this process
     try:
-        rest = values(arguments)
+        return values(arguments)[1:]
     except (AttributeError, KeyError) as error:
         raise UserError(unknown_field(arguments, str(error))) from None
     except flags.Error as error:
@@ -39,11 +55,6 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> ConfigDict:
         raise UserError(f"a --config value has the wrong type: {' '.join(str(error).split())}") from None
     except (SyntaxError, ImportError, NameError) as error:
         raise UserError(f"--config: the file is not a config ({type(error).__name__}: {error})") from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: fields are changed by --config.FIELD=VALUE")
-    if values.config is None:
-        raise UserError("no config: name one by --config=FILE, for example --config=configs/tiny.py")
-    return values.config
 
 
 def unknown_field(arguments: list[str], error: str) -> str:
@@ -81,6 +92,31 @@ def prepare() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
+
+
+def refuse_many_processes() -> None:
+    """Several processes of one job would each train the whole run, and write to one workdir.
+
+    Raises:
+      UserError: SLURM or GKE says that this process is one of several.
+    """
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    count = max(int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), hosts)
+    if count > 1:
+        raise UserError(
+            f"this is one of {count} processes, which do not train together yet: start one process on one host "
+            "(SLURM: one GPU on one node; TPU: a slice of one host)"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What shapes the compiled program beside the config: versions, devices, and the compiler flags that are set."""
+    import jax
+    import jaxlib
+
+    flags_set = {name: os.environ[name] for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") if os.environ.get(name)}
+    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "devices": devices, "flags": flags_set}
 
 
 def keep_memory() -> None:

@@ -17,7 +17,7 @@ from flax import struct
 
 from uae_jax import grpo, rewards, sharding
 from uae_jax.sampling import tokens
-from uae_jax.umm import Family, Params, Trajectory
+from uae_jax.umm import Family, Params, Trajectory, learnt
 
 Metrics = dict[str, jax.Array]
 
@@ -113,57 +113,66 @@ def update(
 
     Old log-probs are the scorer's own at the start, so the ratio of the first epoch is 1 by construction; what can go
     wrong is the gap to the sampler's, which is measured (`logp/sampler_gap`).
+
+    Each segment that is learnt from (`config.train`) is normalised by its own actions and weighted by
+    `config.rl.weights`, so that many image tokens do not drown a short caption.
     """
     rl = config.rl
+    names = learnt(trajectory, config.train)
     segments = {name: s._replace(mask=s.mask & valid[..., None]) for name, s in trajectory.items()}
-    weights = {name: grpo.action_weights(s.mask, rl.normaliser) for name, s in segments.items()}
-    actions = jnp.maximum(sum(s.mask.sum() for s in segments.values()), 1)
+    weights = {name: rl.weights[name] * grpo.action_weights(segments[name].mask, rl.normaliser) for name in names}
+    counts = {name: jnp.maximum(segments[name].mask.sum(), 1) for name in names}
 
-    def split(tree: Any) -> Any:
-        """[b, ...] -> [m, b / m, ...]; microbatches are strided, so that a sharded batch axis stays where it is."""
-        m = rl.microbatches
-        return jax.tree.map(lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1), tree)
+    parts = sharding.split_parts((images, segments, weights, advantage), rl.microbatches)
 
-    parts = split((images, segments, weights, advantage))
+    def scored(params: Params, part: Any) -> dict[str, jax.Array]:
+        # What is not learnt from is left out here; the compiler drops its part of the scorer.
+        scores = family.log_probs(params, frozen, part[0], part[1])
+        return {name: scores[name] for name in names}
 
-    def before(part: Any) -> tuple[Any, Any, jax.Array]:
+    def before(part: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
         """Log-probs by the weights before the update and before the run; largest gap of the first to the sampler's."""
-        images, segments, *_ = part
-        old = family.log_probs(state.params, frozen, images, segments)
-        ref = family.log_probs(STARTING_WEIGHTS, frozen, images, segments) if rl.beta else old
-        gaps = [jnp.where(s.mask, old[name] - s.log_probs, 0.0) for name, s in segments.items()]
-        return old, ref, jnp.stack([jnp.stack([jnp.abs(g).max(), jnp.abs(jnp.expm1(g)).max()]) for g in gaps]).max(0)
+        old = scored(state.params, part)
+        ref = scored(STARTING_WEIGHTS, part) if rl.beta else old
+        gaps = {name: jnp.where(part[1][name].mask, old[name] - part[1][name].log_probs, 0.0) for name in names}
+        return old, ref, {k: jnp.stack([jnp.abs(g).max(), jnp.abs(jnp.expm1(g)).max()]) for k, g in gaps.items()}
 
-    old, ref, gap = jax.lax.map(before, parts)
+    old, ref, gaps = jax.lax.map(before, parts)
 
-    def objective(params: Params, part: Any, old: Any, ref: Any) -> tuple[jax.Array, grpo.Loss]:
-        images, segments, weights, advantage = part
-        new = family.log_probs(params, frozen, images, segments)
+    def objective(params: Params, part: Any, old: Any, ref: Any) -> tuple[jax.Array, dict[str, grpo.Loss]]:
+        _, _, weights, advantage = part
+        new = scored(params, part)
         clip = {"clip_low": rl.clip_low, "clip_high": rl.clip_high, "beta": rl.beta}
-        losses = [grpo.loss(new[k], old[k], ref[k], advantage, weights[k], **clip) for k in segments]
-        total = jax.tree.map(lambda *x: sum(x), *losses)
-        return total.loss, total
+        losses = {name: grpo.loss(new[name], old[name], ref[name], advantage, weights[name], **clip) for name in names}
+        return sum((x.loss for x in losses.values()), start=jnp.float32(0)), losses
 
-    def epoch(state: State, _: None) -> tuple[State, tuple[grpo.Loss, jax.Array, jax.Array]]:
+    def epoch(state: State, _: None) -> tuple[State, tuple[dict[str, grpo.Loss], jax.Array, jax.Array]]:
         def accumulate(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, jax.grad(objective, has_aux=True)(state.params, *xs)), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), grpo.Loss(*[jnp.float32(0)] * 3))
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), {name: grpo.Loss(*[jnp.float32(0)] * 3) for name in names})
         (gradient, total), _ = jax.lax.scan(accumulate, zeros, (parts, old, ref))
         state, norm, moved = apply_gradient(state, gradient, optimizer)
         return state, (total, norm, moved)
 
-    state, (total, norm, moved) = jax.lax.scan(epoch, state, None, length=rl.inner_epochs)
+    state, (losses, norm, moved) = jax.lax.scan(epoch, state, None, length=rl.inner_epochs)
+    gap = jnp.stack([gaps[name].max(0) for name in names])
+    actions = sum(counts.values())
+    whole = jax.tree.map(lambda *parts: sum(parts), *losses.values())
     metrics = {
-        "loss": total.loss[-1],
-        "kl": total.kl[-1] / actions,
-        "ratio/clip_fraction": total.clipped.mean() / actions,
+        "loss": whole.loss[-1],
+        "kl": whole.kl[-1] / actions,
+        "ratio/clip_fraction": whole.clipped.mean() / actions,
         "logp/sampler_gap": gap[:, 0].max(),
         "ratio/max_abs_dev_first": gap[:, 1].max(),
         "grad_norm": norm[-1],
+        # A family of one model has one tree of parameters; its decoder moves where image tokens are learnt from.
         "update_norm/encoder": moved.sum(),
-        "update_norm/decoder": jnp.float32(0.0),
+        "update_norm/decoder": jnp.where(config.train == "encoder", 0.0, moved.sum()),
     }
+    for i, (name, loss) in enumerate(losses.items()):
+        metrics |= {f"kl/{name}": loss.kl[-1] / counts[name], f"ratio/max_abs_dev_first/{name}": gap[i, 1]}
+        metrics[f"ratio/clip_fraction/{name}"] = loss.clipped.mean() / counts[name]
     return state, metrics
 
 
@@ -203,12 +212,24 @@ def make_step(
         keys = sample_keys(state.key, state.step, images.shape[0], config.rl.group_size)
         sampling_keys, noise_keys = (tokens.map_keys(lambda k, i=i: jax.random.fold_in(k, i), keys) for i in range(2))
 
-        captions = family.generate(state.params, frozen, images, sampling_keys)
-        redrawn = family.redraw(state.params, frozen, captions, images, noise_keys)
-        trajectory = {"caption": captions}
-        scores = score(
-            images, redrawn, trajectory, frozen, towers=towers, config=config, end_token=end_token, automaton=automaton
+        def rollout(part: tuple[jax.Array, ...]) -> tuple[Trajectory, Scores]:
+            images, sampling_keys, noise_keys = part
+            images = sharding.constrain_batch(images, mesh)
+            captions = sharding.constrain_batch(
+                family.generate(state.params, frozen, images, sampling_keys), mesh, group=True
+            )
+            redrawn, drawn = family.redraw(state.params, frozen, captions, images, noise_keys)
+            trajectory = {"caption": captions} | drawn
+            scores = score(
+                images, redrawn, trajectory, frozen,
+                towers=towers, config=config, end_token=end_token, automaton=automaton,
+            )  # fmt: skip
+            return trajectory, scores
+
+        trajectory, scores = sharding.in_parts(
+            rollout, (images, sampling_keys, noise_keys), config.rl.rollout_microbatches
         )
+        trajectory = sharding.constrain_batch(trajectory, mesh, group=True)
         advantage, flat = grpo.advantages(
             scores.reward, scores.valid, eps=config.rl.advantage_eps, scale_by_std=config.rl.scale_by_std
         )
@@ -221,7 +242,7 @@ def make_step(
             finite.sum(-1, keepdims=True), 1
         )
         mean = masked_mean(scores.reward, finite)
-        length = tokens.lengths(captions)
+        length = tokens.lengths(trajectory["caption"])
         metrics |= {
             "reward/mean": mean,
             "reward/std": jnp.sqrt(masked_mean((scores.reward - mean) ** 2, finite)),

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax import checkpoint, sharding, storage
+from uae_jax import checkpoint, runtime, sharding, storage
 from uae_jax import config as configs
 from uae_jax.data import sources
-from uae_jax.metrics import Writer
+from uae_jax.metrics import Writer, read
 from uae_jax.stages import Program
 from uae_jax.stages.build import build
 
@@ -33,21 +33,22 @@ def run(config: Any, workdir: Path) -> None:
         checkpoint.check_config(folder_of_stage, config.to_dict(), configs.MAY_DIFFER)
         program = build(stage, config, workdir, mesh)
         checkpoint.write_config(folder_of_stage, config.to_dict())
+        checkpoint.write_environment(folder_of_stage, runtime.environment())
         if not loop(program, config, folder_of_stage, mesh):
             return
 
 
 def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> bool:
-    """Trains one program to its last step; False if it was asked to stop before (everything is saved)."""
+    """Trains one program to its last step; False if it stopped before (everything is saved)."""
     # ---- state: on the mesh, from the last checkpoint if there is one
-    state = sharding.place(program.state, mesh)
-    frozen = sharding.place(program.frozen, mesh)
+    state = sharding.place(program.state, mesh, program.rules)
+    frozen = sharding.place(program.frozen, mesh, program.rules)
     with checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep) as saver:
         restored = saver.restore_latest(checkpoint.abstract(state))
         if restored is not None:
             state, _ = restored
         first = int(state.step)
-        compiled = jax.jit(program.step, donate_argnums=0)
+        compiled = sharding.jit_step(program.step, state, mesh)
         with Writer(workdir, program.steps, program.columns, resume_step=first) as writer, stop_requests() as stopped:
             # ---- what was there before
             if first == 0:
@@ -55,28 +56,38 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
             elif first < program.steps:
                 writer.message(f"resuming {workdir} at step {first}")
             # ---- training
+            history = read(workdir) if first else []
+            at, why = first, program.watch(history)[1] if history else None
             last = time.monotonic()
-            for at, batch in enumerate(sources.prefetch(program.batches, first, program.steps), first + 1):
+            batches = sources.prefetch(program.batches, first, first if why else program.steps)
+            for at, batch in enumerate(batches, first + 1):
                 state, metrics = compiled(state, frozen, sharding.place_batch(batch, mesh))
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
                 now = time.monotonic()
-                images, tokens = len(batch["image"]), metrics.pop("caption/tokens", None)
+                images, tokens = len(next(iter(batch.values()))), metrics.pop("caption/tokens", None)
                 metrics["throughput/images_per_s"] = images / (now - last)
                 if tokens is not None:
                     metrics["throughput/tokens_per_s"] = tokens / (now - last)
-                if config.eval.every and (at % config.eval.every == 0 or at == program.steps):
+                history.append({name: value for name, value in metrics.items() if name.startswith("tower/")})
+                watched, why = program.watch(history)
+                metrics |= watched
+                done = at == program.steps
+                if config.eval.every and (at % config.eval.every == 0 or done or why):
                     metrics |= program.evaluate(state, writer)
                     now = time.monotonic()
                 last = now
                 writer.write(at, metrics)
-                stop = at < program.steps and bool(stopped)
-                saver.save(at, state, force=stop or at == program.steps)
-                if stop:
+                saver.save(at, state, force=bool(stopped or why or done))
+                if why:
+                    break
+                if stopped and not done:
                     writer.message(f"stopped at step {at} of {program.steps}; the same command continues")
                     return False
             # ---- what it came to
+            if why:
+                writer.message(f"stopped at step {at} of {program.steps}: {why}")
             program.finish(state, writer)
-    return True
+    return not why
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from PIL import Image
 
 from uae_jax import config as configs
 from uae_jax import sharding, train
+from uae_jax.convert import __main__ as convert
 from uae_jax.convert import folder, pooled
 from uae_jax.data.pairs import PairBatches, read_pairs
 from uae_jax.errors import UserError
@@ -116,11 +117,12 @@ def test_projector_learns_and_its_average_is_written(file, tmp_path):
     c = decoder_config(tmp_path / "run", file)
     configs.validate(c)
     program = build.build("decoder", c, tmp_path / "work", sharding.make_mesh(c))
-    state, history = program.state, [jax.device_get(program.state.params)]
+    state, history, losses = program.state, [jax.device_get(program.state.params)], []
     run = jax.jit(program.step)
     for i in range(2):
         state, metrics = run(state, program.frozen, {k: jax.numpy.asarray(v) for k, v in program.batches[i].items()})
         assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+        losses.append(float(metrics["loss"]))
         history.append(jax.device_get(state.params))
     assert set(history[0]) == {"projector"}
     mean = jax.tree.map(lambda a, b, c: 0.25 * a + 0.25 * b + 0.5 * c, *history)
@@ -134,6 +136,35 @@ def test_projector_learns_and_its_average_is_written(file, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert (written / "transformer" / pooled.FILE).is_file()
     assert (written / "captioner" / "config.json").is_file()
+
+    # the same with the pictures encoded once
+    c.unlock().decoder.latents = str(tmp_path / "kept")
+    program = build.build("decoder", c.lock(), tmp_path / "work", sharding.make_mesh(c))
+    batch = {k: jax.numpy.asarray(v) for k, v in program.batches[0].items()}
+    assert "image" not in batch and batch["moments"].shape == (2, 16, 16, 8)
+    _, metrics = jax.jit(program.step)(program.state, program.frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], losses[0], rtol=0, atol=1e-4)
+
+
+def test_adapters_of_the_transformer_go_out_merged_and_as_diffusers_saves_them(file, tmp_path):
+    c = decoder_config(tmp_path / "run", file, trainable="", ema=0.0, steps=1).unlock()
+    c.decoder.lora.rank, c.decoder.lora.alpha, c.decoder.optimizer.learning_rate = 2, 6.0, 0.1
+    configs.validate(c.lock())
+    work = tmp_path / "work"
+    train.run(c, work)
+    start, written = (folder.open_model(x / "weights" / "transformer").tensors for x in (tmp_path / "run", work))
+    different = {name for name in start if np.abs(start[name] - written[name]).max() > 1e-3}
+    assert "transformer_blocks.0.attn.to_q.weight" in different and "transformer_blocks.1.ff.net.2.weight" in different
+    assert all("transformer_blocks" in name and name.endswith("weight") and "norm_" not in name for name in different)
+
+    source = tmp_path / "run" / "weights" / "transformer"
+    convert.main(["", "export", str(work / "decoder"), str(tmp_path / "merged")])
+    convert.main(["", "export", str(work / "decoder"), str(tmp_path / "adapter"), "--adapter"])
+    adapter = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+    convert.main(["", "import", str(source), str(tmp_path / "again"), f"--lora={adapter}"])
+    for path in ("merged", "again"):
+        for name, value in folder.open_model(tmp_path / path).tensors.items():
+            np.testing.assert_allclose(value, written[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tests.parity.conftest import redraw, tensors
+from uae_jax import sharding
 from uae_jax.convert.table import load, save
 from uae_jax.errors import UserError
 from uae_jax.models.vae.config import Config
 from uae_jax.models.vae.model import AutoencoderKL, GroupNorm, gaussian
-from uae_jax.models.vae.pieces import sliced, tiled
+from uae_jax.models.vae.pieces import tiled
 from uae_jax.models.vae.weights import table
 
 torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
@@ -144,13 +145,13 @@ def test_config():
         Config.from_hf({**hf, "norm_num_groups": 3})
 
 
-def test_slices_are_the_whole(tiny):
+def test_parts_are_the_whole(tiny):
     _, model, variables = tiny
     latents = draw(2, 3, 4, 3, 5)
     decode = jax.jit(lambda z: model.apply(variables, z, method="decode"))
     expected = decode(latents)
-    for axis in (0, 1):
-        found = sliced(decode, latents, axis)
+    for parts, axis in ((2, 0), (3, 1), (1, 1)):
+        found = sharding.in_parts(decode, latents, parts, axis)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

@@ -166,7 +166,7 @@ def test_the_exported_page_captions_and_draws_the_same(run, tmp_path):
     def both(frozen, pictures):
         captions = family.generate(step.STARTING_WEIGHTS, frozen, pictures, keys)
         segment = Segment(tokens[None], mask[None], np.zeros(mask[None].shape, np.float32))
-        return captions.actions, family.redraw(step.STARTING_WEIGHTS, frozen, segment, pictures, keys)
+        return captions.actions, family.redraw(step.STARTING_WEIGHTS, frozen, segment, pictures, keys)[0]
 
     written, drawn = jax.device_get(both(built.frozen, image[None] / np.float32(255)))
     expected = model.draw(text, torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())).numpy()

@@ -20,8 +20,15 @@ VAE = VAEConfig(
     block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.7,
     shift_factor=0.1,
 )  # fmt: skip
+# Wider than both CLIP towers' states side by side (64), which are then padded.
+JOINT = {"sd3": 72, "flux": 20}
 SD3 = dataclasses.replace(
-    test_sd3.MEDIUM, num_layers=2, dual_attention_layers=(), out_channels=4, pooled_projection_dim=40
+    test_sd3.MEDIUM,
+    num_layers=2,
+    dual_attention_layers=(),
+    out_channels=4,
+    pooled_projection_dim=40,
+    joint_attention_dim=JOINT["sd3"],
 )
 FLUX = dataclasses.replace(
     test_flux.DEV, in_channels=16, out_channels=None, num_layers=1, num_single_layers=1, pooled_projection_dim=32
@@ -32,8 +39,26 @@ SCHEDULERS = {
 }
 
 
+def word_tokenizer(words, start, end, pad, length):
+    """Words of a letter, between a start (or none) and an end, as transformers saves it."""
+    import tokenizers
+    import transformers
+    from tokenizers import models, pre_tokenizers, processors
+
+    vocabulary = {**{letter: i + 1 for i, letter in enumerate(words)}, "<unk>": 40, **start, **end, **pad}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*start, "$A", *end]), special_tokens=[*start.items(), *end.items()]
+    )
+    names = {"eos_token": next(iter(end)), "pad_token": next(iter(pad))}
+    if start:
+        names["bos_token"] = next(iter(start))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names)
+
+
 def write_pipeline(path, kind):
-    """A diffusers folder of `sd3` or `flux`, with the towers that give its pooled vector."""
+    """A diffusers folder of `sd3` or `flux`, with its text towers and their tokenizers."""
     import diffusers
 
     config = {"sd3": SD3, "flux": FLUX}[kind]
@@ -45,15 +70,17 @@ def write_pipeline(path, kind):
     vae.save_pretrained(path / "vae")
     diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind]).save_pretrained(path / "scheduler")
     towers = {"sd3": ((20, "quick_gelu", "_2"), (20, "gelu", "")), "flux": ((None, "quick_gelu", ""),)}[kind]
-    vocabulary = {"<|startoftext|>": 48, "<|endoftext|>": 49, "!": 0}
     for projection, act, suffix in towers:
         text, _ = test_text_encoders.build_clip(test_text_encoders.clip_variant(2, act, 1, projection))
         text.save_pretrained(path / f"text_encoder{suffix}")
-        names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
-        where = path / f"tokenizer{suffix}"
-        where.mkdir()
-        (where / "vocab.json").write_text(json.dumps(vocabulary))
-        (where / "tokenizer_config.json").write_text(json.dumps(names))
+        tokenizer = word_tokenizer("abcdefgh", {"<|startoftext|>": 48}, {"<|endoftext|>": 49}, {"!": 0}, 12)
+        tokenizer.save_pretrained(path / f"tokenizer{suffix}")
+        if suffix:  # as on the hub
+            (path / f"tokenizer{suffix}" / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
+    suffix = "_3" if kind == "sd3" else "_2"
+    t5, _ = test_text_encoders.build_t5(dataclasses.replace(test_text_encoders.T5, d_model=JOINT[kind], num_layers=1))
+    t5.save_pretrained(path / f"text_encoder{suffix}")
+    word_tokenizer("hgfedcba", {}, {"</s>": 41}, {"<pad>": 0}, 512).save_pretrained(path / f"tokenizer{suffix}")
     index = {"_class_name": "pipeline", "transformer": ["diffusers", hf["_class_name"]]}
     (path / "model_index.json").write_text(json.dumps(index))
     return path
@@ -100,14 +127,10 @@ def projector_of(out, activation="gelu"):
     return projector.Config(WIDTH, 48, out, activation=activation), params
 
 
-def write(where, kind, **changes):
-    """A run's folder with where/weights; returns its config."""
+def write_tower(path):
+    """CLIP of one layer, as transformers saves it."""
     import transformers
 
-    weights = where / "weights"
-    write_captioner(weights / "captioner")
-    convert.main(["", "import", str(write_pipeline(where / "pipeline", kind)), str(weights)])
-    folder.save_model(weights / "projector", *projector_of(20, "gelu" if kind == "sd3" else "silu"))
     towers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = transformers.CLIPModel(
         transformers.CLIPConfig(
@@ -117,7 +140,16 @@ def write(where, kind, **changes):
         )
     )
     redraw(clip)
-    clip.save_pretrained(weights / "clip")
+    clip.save_pretrained(path)
+
+
+def write(where, kind, **changes):
+    """A run's folder with where/weights; returns its config."""
+    weights = where / "weights"
+    write_captioner(weights / "captioner")
+    convert.main(["", "import", str(write_pipeline(where / "pipeline", kind)), str(weights)])
+    folder.save_model(weights / "projector", *projector_of(JOINT[kind], "gelu" if kind == "sd3" else "silu"))
+    write_tower(weights / "clip")
     run = tiny.config(
         weights,
         data__source="folder",

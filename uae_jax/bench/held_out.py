@@ -60,7 +60,7 @@ class Evaluator:
             params: Params, frozen: Params, images: jax.Array, keys: jax.Array, tokens: jax.Array, mask: jax.Array
         ) -> dict[str, Any]:
             captions = Segment(tokens[:, None], mask[:, None], jnp.zeros(mask[:, None].shape))
-            redrawn = family.redraw(params, frozen, captions, images, keys)
+            redrawn, _ = family.redraw(params, frozen, captions, images, keys)
             out: dict[str, Any] = {"image": redrawn[:, 0]}
             similar = rewards.similarities(system.towers, frozen["towers"], images, redrawn)
             out["towers"] = {name: value[:, 0] for name, value in similar.items()}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from uae_jax import rewards, storage
+from uae_jax import pixels, rewards, storage
 from uae_jax.bench import pairing, scores
 from uae_jax.convert import folder
 from uae_jax.data import images
@@ -26,7 +26,7 @@ from uae_jax.models.clip.config import Config as CLIPConfig
 from uae_jax.models.dinov2.config import Config as DINOv2Config
 from uae_jax.models.dinov3.config import Config as DINOv3Config
 from uae_jax.models.siglip.config import Config as SigLIPConfig
-from uae_jax.pixels import process, processing
+from uae_jax.pixels import process
 
 # What a tower of a known name must be; other names may be any tower.
 KNOWN = {
@@ -38,11 +38,28 @@ KNOWN = {
 }
 
 
+Size = tuple[int, int]  # width and height in pixels
+
+
+class Sources(NamedTuple):
+    """The source pictures in a folder."""
+
+    root: Path
+    usable: list[Path]
+    bad: dict[Path, str]  # those that cannot be read, and why
+    sizes: dict[Path, Size]  # of the usable ones
+
+
 class System(NamedTuple):
     """One system's pictures: what is scored, and what is wrong with its folder."""
 
     pairs: pairing.Pairs
     unreadable: dict[Path, str]  # reconstructions, and why
+    sizes: dict[Path, Size]  # of the readable ones
+    absent: str = "no reconstruction"  # what is said of a source without
+
+
+LISTED = ("missing", "unpaired", "duplicates", "bad_sources", "other_size")  # in a result, and counted under its table
 
 
 class Scored(NamedTuple):
@@ -62,7 +79,7 @@ def open_towers(folders: Mapping[str, Path]) -> dict[str, folder.Checkpoint]:
     for name, path in folders.items():
         found[name] = checkpoint = folder.open_model(path)
         try:
-            processing(checkpoint.config)
+            pixels.load(path, checkpoint.config)
         except UserError as error:
             raise UserError(f"--towers {name}: {path} holds a {checkpoint.architecture}: {error}") from None
         if name in KNOWN and not isinstance(checkpoint.config, KNOWN[name]):
@@ -73,15 +90,51 @@ def open_towers(folders: Mapping[str, Path]) -> dict[str, folder.Checkpoint]:
     return found
 
 
-def readable(paths: Iterable[Path], load: Callable[[Path], Image.Image]) -> dict[Path, str]:
-    """Those that cannot be read, and why."""
-    bad = {}
+def opener(compat: bool) -> Callable[[Path], Image.Image]:
+    """How pictures are opened."""
+    return pairing.as_pil if compat else images.load_image
+
+
+def measured(paths: Iterable[Path], compat: bool) -> tuple[dict[Path, Size], dict[Path, str]]:
+    """Sizes of those that can be read, and why the others cannot."""
+    sizes, bad = {}, {}
     for path in paths:
         try:
-            load(path)
+            sizes[path] = opener(compat)(path).size
         except images.BadImage as error:
             bad[path] = error.reason
-    return bad
+    return sizes, bad
+
+
+def read_sources(root: Path, compat: bool) -> Sources:
+    """Finds and reads the sources.
+
+    Raises:
+      UserError: the folder is missing or empty, or no picture in it can be read.
+    """
+    found = pairing.find(root, "--sources")
+    sizes, bad = measured(found, compat)
+    if not sizes:
+        raise UserError(
+            f"--sources: none of the {len(found)} pictures in {root} can be read ({next(iter(bad.values()))})"
+        )
+    return Sources(root, list(sizes), bad, sizes)
+
+
+def read_system(flag: str, folder: Path, sources: Sources, compat: bool) -> System:
+    """Pairs and reads a folder of reconstructions.
+
+    Raises:
+      UserError: the folder is missing or empty, or nothing in it can be scored.
+    """
+    pairs = pairing.pair(sorted([*sources.usable, *sources.bad]), pairing.find(folder, flag))
+    sizes, unreadable = measured(pairs.chosen.values(), compat)
+    if not any(pairs.chosen.get(source) in sizes for source in sources.usable):
+        raise UserError(
+            f"{flag}: no readable file in {folder} redraws a source in {sources.root}: files are paired by name, by "
+            "stem, or as recon_STEM"
+        )
+    return System(pairs, unreadable, sizes)
 
 
 def features(
@@ -89,15 +142,15 @@ def features(
 ) -> dict[Path, np.ndarray]:
     """Unit vectors of pictures of any size by the tower in a folder: {path: [d]}."""
     model = folder.load_model(where)
-    how, embed = processing(model.config), jax.jit(rewards.embedding(model.config, jnp.float32))
+    how, embed = pixels.load(where, model.config), jax.jit(rewards.embedding(model.config, jnp.float32))
     # One small program for each size of picture; the tower is compiled once.
     prepare = jax.jit(lambda image: process(image.astype(jnp.float32) / 255, how, rounded=True))
     found: dict[Path, np.ndarray] = {}
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
-        pixels = np.stack([prepare(np.asarray(load(path), np.uint8)) for path in part])
-        pixels = np.pad(pixels, [(0, batch_size - len(part)), *[(0, 0)] * 3])
-        found |= dict(zip(part, np.asarray(embed(model.params, pixels)), strict=False))
+        batch = np.stack([prepare(np.asarray(load(path), np.uint8)) for path in part])
+        batch = np.pad(batch, [(0, batch_size - len(part)), *[(0, 0)] * 3])
+        found |= dict(zip(part, np.asarray(embed(model.params, batch)), strict=False))
     return found
 
 
@@ -110,7 +163,7 @@ def score(
 ) -> dict[str, Scored]:
     """Cosines of each system's pictures with readable sources; a source's features are computed once a tower."""
     usable = {
-        name: {s: p for s, p in system.pairs.chosen.items() if s in sources and p not in system.unreadable}
+        name: {s: p for s, p in system.pairs.chosen.items() if s in sources and p in system.sizes}
         for name, system in systems.items()
     }
     found = {name: Scored({}, {}) for name in systems}
@@ -148,23 +201,34 @@ def bounded(score: scores.Score) -> dict[str, Any]:
     return values | {"n": int(score.counts.sum())}
 
 
-def report(sources: list[Path], root: Path, system: System, scored: Scored, compat: bool) -> dict[str, Any]:
+def summary(scored: Scored, compat: bool) -> dict[str, Any]:
+    """Points: `overall` with its interval, and `by_tower`."""
+    found = {name: bounded(value) for name, value in counted(scored.cosines, compat).items()}
+    overall = found.pop("overall")
+    return {
+        "overall": overall["mean"],
+        "overall_interval": [overall["low"], overall["high"]],
+        "by_tower": found,
+    }
+
+
+def report(sources: Sources, system: System, scored: Scored, compat: bool) -> dict[str, Any]:
     """The result as it is written to JSON.
 
     Points (times 100) in `overall`, `by_tower` and `controls`; cosines in `per_image` and in the official script's own
     keys (`similarities_by_model` and so on).
     """
-    found = {name: bounded(value) for name, value in counted(scored.cosines, compat).items()}
-    overall = found.pop("overall")
-    names = {source: source.relative_to(root).as_posix() for source in sources}
-    reasons = dict.fromkeys(system.pairs.missing, "no reconstruction")
+    head = summary(scored, compat)
+    found = head["by_tower"]
+    names = {source: source.relative_to(sources.root).as_posix() for source in sources.usable}
+    reasons = dict.fromkeys(system.pairs.missing, system.absent)
     reasons |= {
         s: f"unreadable: {system.unreadable[p]}" for s, p in system.pairs.chosen.items() if p in system.unreadable
     }
     cosines = {
         tower: {
             names[source]: None if np.isnan(value) else float(value)
-            for source, value in zip(sources, values, strict=True)
+            for source, value in zip(sources.usable, values, strict=True)
         }
         for tower, values in scored.cosines.items()
     }
@@ -182,12 +246,15 @@ def report(sources: list[Path], root: Path, system: System, scored: Scored, comp
         tower: s["average_similarity"] for tower, s in statistics.items() if s["average_similarity"] is not None
     }
     return {
-        "overall": overall["mean"],
-        "overall_interval": [overall["low"], overall["high"]],
-        "by_tower": found,
-        "missing": [{"source": names[s], "reason": reasons[s]} for s in sources if s in reasons],
+        **head,
+        "missing": [{"source": names[s], "reason": reasons[s]} for s in sources.usable if s in reasons],
         "unpaired": [str(path) for path in system.pairs.unpaired],
         "duplicates": [str(path) for path in system.pairs.duplicates],
+        "other_size": [
+            {"source": names[s], "size": list(sources.sizes[s]), "reconstruction": list(system.sizes[p])}
+            for s, p in system.pairs.chosen.items()
+            if s in names and system.sizes.get(p, sources.sizes[s]) != sources.sizes[s]
+        ],
         "failures_count_as": None if compat else 0,
         "controls": {
             "another_source": {name: 100 * float(v.mean()) for name, v in scored.shuffled.items() if len(v) > 1}
@@ -231,12 +298,21 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = ["| tower | score | 95% interval | images |", "|---|---|---|---|"]
     lines += [line(name, v["mean"], (v["low"], v["high"]), v["n"]) for name, v in result["by_tower"].items()]
     lines.append(line("**overall**", result["overall"], result["overall_interval"], ""))
-    if "against" in result:
-        lines += ["", "| difference | points | 95% interval (paired) |", "|---|---|---|"]
-        for name, v in result["against"]["difference"].items():
-            v = v or {"mean": None, "low": None, "high": None}
-            lines.append(f"| {name} | {number(v['mean'])} | {number(v['low'])} to {number(v['high'])} |")
-    counts = ", ".join(f"{len(result[k])} {k}" for k in ("missing", "unpaired", "duplicates", "bad_sources"))
+    controls = {name: v for name, v in result["controls"].items() if "overall" in v}
+    if controls:
+        towers = list(result["by_tower"])
+        lines += ["", f"| control | overall | 95% interval | {' | '.join(towers)} |", "|---" * (3 + len(towers)) + "|"]
+        for name, v in controls.items():
+            low, high = v["overall_interval"]
+            means = " | ".join(number(v["by_tower"][tower]["mean"]) for tower in towers)
+            lines.append(f"| {name} | {number(v['overall'])} | {number(low)} to {number(high)} | {means} |")
+    for key, title in (("difference", "difference"), ("difference_at_same_length", "at the same caption length")):
+        if key in result.get("against", {}):
+            lines += ["", f"| {title} | points | 95% interval (paired) |", "|---|---|---|"]
+            for name, moved in result["against"][key].items():
+                v = moved or {"mean": None, "low": None, "high": None}
+                lines.append(f"| {name} | {number(v['mean'])} | {number(v['low'])} to {number(v['high'])} |")
+    counts = ", ".join(f"{len(result[k])} {k}" for k in LISTED)
     return "\n".join([*lines, "", f"Files: {counts}."]) + "\n"
 
 
@@ -276,30 +352,45 @@ def run(
       UserError: a folder is missing or empty, a tower is not what it should be, or nothing can be scored.
     """
     open_towers(towers)
-    load = pairing.as_pil if compat else images.load_image
-    all_sources = pairing.find(sources, "--sources")
-    folders = {"--reconstructions": reconstructions} | ({"--against": against} if against else {})
-    bad_sources = readable(all_sources, load)
-    usable = [path for path in all_sources if path not in bad_sources]
-    systems = {}
-    for flag, path in folders.items():
-        pairs = pairing.pair(all_sources, pairing.find(path, flag))
-        systems[flag] = System(pairs, readable(pairs.chosen.values(), load))
-        if not set(usable) & {s for s, p in pairs.chosen.items() if p not in systems[flag].unreadable}:
-            raise UserError(
-                f"{flag}: no readable file in {path} redraws a source in {sources}: files are paired by name, by stem, "
-                "or as recon_STEM"
-            )
-    found = score(usable, systems, towers, load, batch_size)
-
-    def result_of(flag: str) -> dict[str, Any]:
-        return report(usable, sources, systems[flag], found[flag], compat)
-
-    result = result_of("--reconstructions")
-    result["bad_sources"] = {p.relative_to(sources).as_posix(): reason for p, reason in bad_sources.items()}
+    found = read_sources(sources, compat)
+    systems = {"redrawn": read_system("--reconstructions", reconstructions, found, compat)}
     if against:
-        difference = compared(found["--reconstructions"], found["--against"], compat)
-        result["against"] = {**result_of("--against"), "difference": difference}
+        systems["against"] = read_system("--against", against, found, compat)
+    result = results(found, systems, towers, compat, batch_size)
+    write(result, out)
+    return result
+
+
+def results(
+    sources: Sources, systems: Mapping[str, System], towers: Mapping[str, Path], compat: bool, batch_size: int
+) -> dict[str, Any]:
+    """The whole result, ready for JSON.
+
+    Args:
+      systems: "redrawn"; if there is a second one, "against"; and controls of both, as "redrawn/empty_caption".
+    """
+    scored = score(sources.usable, systems, towers, opener(compat), batch_size)
+
+    def result_of(name: str) -> dict[str, Any]:
+        found = report(sources, systems[name], scored[name], compat)
+        for other in scored:
+            if other.startswith(f"{name}/"):
+                found["controls"][other.split("/")[1]] = summary(scored[other], compat)
+        return found
+
+    result = result_of("redrawn")
+    result["bad_sources"] = {p.relative_to(sources.root).as_posix(): reason for p, reason in sources.bad.items()}
+    if "against" in systems:
+        difference = compared(scored["redrawn"], scored["against"], compat)
+        result["against"] = {**result_of("against"), "difference": difference}
+        if "against/same_length" in systems:
+            same = compared(scored["redrawn/same_length"], scored["against/same_length"], compat)
+            result["against"]["difference_at_same_length"] = same
+    return result
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Writes unified_bench.json, .csv and .md."""
     with storage.storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for suffix, text in (
@@ -308,4 +399,3 @@ def run(
             ("md", markdown(result)),
         ):
             storage.write_atomic(out / f"unified_bench.{suffix}", text.encode())
-    return result

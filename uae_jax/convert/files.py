@@ -69,9 +69,17 @@ def read_headers(folder: Path) -> Headers:
             return Headers(stem, *_read_shards(folder, index))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
+        suffix = Path(pickles[0]).suffix
+        # Tensors that share memory are refused by safetensors: they are cloned.
+        command = (
+            "import glob, torch; from safetensors.torch import save_file; x = {}; "
+            f"[x.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob('{folder}/*{suffix}')]; "
+            "save_file({k: v.contiguous().clone() for k, v in x.items()}, "
+            f"'{folder}/model.safetensors', {{'format': 'pt'}})"
+        )
         raise UserError(
             f"{folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which are never read: "
-            "load it in transformers and save it with model.save_pretrained(DIR, safe_serialization=True)"
+            f'where torch is installed, run python -c "{command}"'
         )
     raise UserError(f"{folder / 'model.safetensors'} is missing, and model.safetensors.index.json too")
 
@@ -140,10 +148,12 @@ def write(
     tensors: Iterable[tuple[str, np.ndarray]],
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Writes tensors as they come, in the order of `specs`, into files of at most `shard_bytes` (or one tensor).
 
-    One file is named STEM.safetensors; several are numbered and get an index, as transformers does it.
+    One file is named STEM.safetensors; several are numbered and get an index, as transformers does it. `metadata` is
+    noted in the header of each, beside the format.
 
     Returns:
       The names of the files.
@@ -155,7 +165,7 @@ def write(
     source = iter(tensors)
     for file_name, shard in zip(names, shards, strict=True):
         with open(folder / file_name, "wb") as file:
-            file.write(_header({name: specs[name] for name in shard}))
+            file.write(_header({name: specs[name] for name in shard}, metadata or {}))
             for name in shard:
                 given, x = next(source)
                 if (given, x.dtype, x.shape) != (name, *specs[name]):
@@ -171,6 +181,12 @@ def write(
     return names
 
 
+def one(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A whole safetensors file."""
+    specs = {name: Spec(x.dtype, x.shape) for name, x in tensors.items()}
+    return b"".join([_header(specs, {}), *(np.ascontiguousarray(x).tobytes() for x in tensors.values())])
+
+
 def _split(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
@@ -183,9 +199,9 @@ def _split(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _header(specs: Mapping[str, Spec]) -> bytes:
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON, padded so that the data begin at a multiple of 8."""
-    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, spec in specs.items():
         begin, end = end, end + spec.nbytes

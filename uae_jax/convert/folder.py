@@ -23,6 +23,10 @@ from uae_jax.models.dinov3 import config as dinov3_config
 from uae_jax.models.dinov3 import weights as dinov3_weights
 from uae_jax.models.flux import config as flux_config
 from uae_jax.models.flux import weights as flux_weights
+from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import original as janus_original
+from uae_jax.models.janus import vq, vq_weights
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.projector import model as projector
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -34,6 +38,10 @@ from uae_jax.models.t5 import config as t5_config
 from uae_jax.models.t5 import weights as t5_weights
 from uae_jax.models.vae import config as vae_config
 from uae_jax.models.vae import weights as vae_weights
+from uae_jax.sharding import Rules, below
+
+# Names that `config.weights` may have instead of a path: the tiny worlds.
+SHIPPED = ("", "tiny", "tiny_ar")
 
 
 class Architecture(NamedTuple):
@@ -41,30 +49,72 @@ class Architecture(NamedTuple):
 
     config: Any  # from_hf, to_hf
     table: Callable[[Any], list[tables.Entry]]
+    rules: Callable[[Any, int], Rules]  # (config, size of the mesh's tensor axis) -> where its parameters go
     canonical: Callable[[str], str] = lambda name: name  # a tensor's name in the table, where releases differ
     ties: Callable[[Any], Mapping[str, str]] = lambda config: {}  # copies that a file may hold of other tensors
+    unused: Callable[[str], bool] = lambda name: False  # tensors that a file may hold and the model does not read
+    module_name: Callable[[str], str] = lambda name: name  # of a tensor in transformers' class, where files differ
+    buffers: tuple[str, ...] = ()  # no weights, in files of early releases: left out
 
 
 # by the class that config.json names
 ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2_5_VLForConditionalGeneration": Architecture(
-        qwen_config.Config, qwen_weights.table, qwen_weights.canonical, qwen_weights.ties
+        qwen_config.Config,
+        qwen_weights.table,
+        qwen_weights.rules,
+        qwen_weights.canonical,
+        qwen_weights.ties,
+        module_name=qwen_weights.module_name,
     ),
-    "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table),
-    "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table),
-    "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table),
-    "CLIPModel": Architecture(clip_config.Config, clip_weights.table),
-    "CLIPTextModel": Architecture(clip_config.TextModelConfig, clip_weights.text_table, clip_weights.canonical_text),
-    "CLIPTextModelWithProjection": Architecture(clip_config.TextModelConfig, clip_weights.text_table),
-    "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table),
-    "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table),
-    "DINOv3ViTModel": Architecture(dinov3_config.Config, dinov3_weights.table, dinov3_weights.canonical),
-    "SiglipModel": Architecture(siglip_config.Config, siglip_weights.table),
-    "SiglipVisionModel": Architecture(siglip_config.Config, siglip_weights.table, siglip_weights.canonical_vision),
-    "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, ties=t5_weights.ties),
-    "Projector": Architecture(projector.Config, projector.table),
-    "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table),
+    "JanusForConditionalGeneration": Architecture(
+        janus_config.Config, janus_weights.table, janus_weights.rules, ties=janus_weights.ties
+    ),
+    "MultiModalityCausalLM": Architecture(
+        janus_original,
+        janus_original.table,
+        janus_weights.rules,
+        ties=janus_original.ties,
+        unused=janus_original.unused,
+    ),
+    "SD3Transformer2DModel": Architecture(sd3_config.Config, sd3_weights.table, sd3_weights.rules),
+    "FluxTransformer2DModel": Architecture(flux_config.Config, flux_weights.table, flux_weights.rules),
+    "AutoencoderKL": Architecture(vae_config.Config, vae_weights.table, vae_weights.rules),
+    "JanusVQVAE": Architecture(vq.VQConfig, vq_weights.table, vq_weights.rules),
+    "CLIPModel": Architecture(clip_config.Config, clip_weights.table, clip_weights.rules, buffers=clip_weights.BUFFERS),
+    "CLIPTextModel": Architecture(
+        clip_config.TextModelConfig,
+        clip_weights.text_table,
+        clip_weights.text_rules,
+        clip_weights.canonical_text,
+        buffers=clip_weights.BUFFERS,
+    ),
+    "CLIPTextModelWithProjection": Architecture(
+        clip_config.TextModelConfig, clip_weights.text_table, clip_weights.text_rules, buffers=clip_weights.BUFFERS
+    ),
+    "Dinov2Model": Architecture(dinov2_config.Config, dinov2_weights.table, dinov2_weights.rules),
+    "Dinov2WithRegistersModel": Architecture(dinov2_config.Config, dinov2_weights.table, dinov2_weights.rules),
+    "DINOv3ViTModel": Architecture(
+        dinov3_config.Config, dinov3_weights.table, dinov3_weights.rules, dinov3_weights.canonical
+    ),
+    "SiglipModel": Architecture(
+        siglip_config.Config, siglip_weights.table, siglip_weights.rules, buffers=clip_weights.BUFFERS
+    ),
+    "SiglipVisionModel": Architecture(
+        siglip_config.Config,
+        siglip_weights.table,
+        siglip_weights.rules,
+        siglip_weights.canonical_vision,
+        buffers=clip_weights.BUFFERS,
+    ),
+    "T5EncoderModel": Architecture(t5_config.Config, t5_weights.table, t5_weights.rules, ties=t5_weights.ties),
+    "Projector": Architecture(projector.Config, projector.table, projector.rules),
+    "CellClassifier": Architecture(cell_classifier.Config, cell_classifier.table, cell_classifier.rules),
 }
+
+
+# by the model_type of a config.json that names no class
+_BY_TYPE = {janus_original.MODEL_TYPE: "MultiModalityCausalLM"}
 
 
 class Model(NamedTuple):
@@ -84,16 +134,28 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, np.ndarray]  # views of the files, under the table's names
     written: dict[str, list[str]]  # the names in the files of each, more than one where it is tied
     stem: str  # of the files' names
+    unused: dict[str, np.ndarray]  # views of tensors that no parameter is made of
 
 
 def architecture(config: dict[str, Any]) -> str:
     """The class that a config.json names, in transformers' or diffusers' way."""
-    return config.get("_class_name") or (config.get("architectures") or [""])[0]
+    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    return named or _BY_TYPE.get(config.get("model_type", ""), "")
+
+
+def rules_of(config: Any, mesh: Mesh | None) -> Rules:
+    """Sharding rules of the model that a config belongs to; none without a mesh."""
+    return () if mesh is None else ARCHITECTURES[architecture(config.to_hf())].rules(config, mesh.shape["tensor"])
+
+
+def rules(configs: Mapping[str, Any], mesh: Mesh) -> Rules:
+    """Sharding rules of a tree that holds models, or what is trained of them, below these names: {name: config}."""
+    return tuple(rule for name, config in configs.items() for rule in below(name, rules_of(config, mesh)))
 
 
 def shipped(name: str) -> Path:
-    """The folder of weights that comes with the package."""
-    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / name
+    """A folder of weights that comes with the package, one of `SHIPPED`; "" is `tiny`."""
+    return Path(str(importlib.resources.files("uae_jax"))) / "weights" / (name or "tiny")
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -134,6 +196,7 @@ def open_model(folder: Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else f"{folder}: {error}") from None
     stem, headers, problems = files.read_headers(folder)
+    headers = {name: header for name, header in headers.items() if name not in known.buffers}
     problems += [
         f"type of {name}: expected one of {', '.join(files.DTYPES)}, found {header.dtype}"
         for name, header in headers.items()
@@ -141,7 +204,8 @@ def open_model(folder: Path) -> Checkpoint:
     ]
     ties = {name: target for name, target in known.ties(config).items() if name in headers}
     names: dict[str, str] = {}
-    for name in [name for name in headers if name not in ties]:
+    unused = [name for name in headers if known.unused(name)]
+    for name in [name for name in headers if name not in ties and name not in unused]:
         other = names.setdefault(known.canonical(name), name)
         if other != name:
             problems.append(f"twice: {known.canonical(name)}, as {other} and {name}")
@@ -154,7 +218,7 @@ def open_model(folder: Path) -> Checkpoint:
         if not _equal(views[name], tensors[target]):
             raise UserError(f"{folder}: config.json ties {name} to {names[target]}, but they differ: untie them there")
         written[target].append(name)
-    return Checkpoint(folder, kind, config, table, tensors, written, stem)
+    return Checkpoint(folder, kind, config, table, tensors, written, stem, {name: views[name] for name in unused})
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:
@@ -167,17 +231,18 @@ def _equal(x: np.ndarray, y: np.ndarray) -> bool:
 def load_model(folder: Path, mesh: Mesh | None = None, dtype: Any = np.float32) -> Model:
     """Config and parameters of one model folder, in `dtype`.
 
-    With a mesh every parameter goes straight to its place there (`sharding.param_spec`); otherwise they are arrays on
-    the host.
+    With a mesh every parameter goes straight to its place there (the architecture's `rules`); otherwise they are arrays
+    on the host.
 
     Raises:
       UserError: see `open_model`; or there is too little memory for the parameters.
     """
     found = open_model(folder)
-    memory.check(str(folder), found.table, dtype, mesh)
+    sharded = rules_of(found.config, mesh)
+    memory.check(str(folder), found.table, dtype, mesh, sharded)
     if mesh is None:
         return Model(found.config, tables.load(found.table, found.tensors, str(folder), dtype))
-    return Model(found.config, tables.place(found.table, found.tensors, mesh, dtype))
+    return Model(found.config, tables.place(found.table, found.tensors, mesh, sharded, dtype))
 
 
 def save_model(folder: Path, config: Any, params: tables.Params, dtype: Any = np.float32) -> None:

@@ -10,18 +10,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from uae_jax.convert.table import Entry, param_shape
 from uae_jax.errors import UserError
-from uae_jax.sharding import param_spec
+from uae_jax.sharding import Rules, param_spec
 
 GIB = 2**30
 
 
-def needed(table: list[Entry], dtype: Any, mesh: Mesh | None) -> int:
+def needed(table: list[Entry], dtype: Any, mesh: Mesh | None, rules: Rules) -> int:
     """Bytes that the parameters take on each device of the mesh (on the host, without one)."""
-    shapes = [param_shape(entry) for entry in table]
+    shapes = {entry.path: param_shape(entry) for entry in table}
     if mesh is not None:
-        fsdp = mesh.shape["fsdp"]
-        shapes = [NamedSharding(mesh, param_spec(shape, fsdp)).shard_shape(shape) for shape in shapes]
-    return sum(math.prod(shape) for shape in shapes) * np.dtype(dtype).itemsize
+        shapes = {
+            path: NamedSharding(mesh, param_spec(path, shape, mesh.shape, rules)).shard_shape(shape)
+            for path, shape in shapes.items()
+        }
+    return sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
 
 
 def host_available() -> int | None:
@@ -49,9 +51,9 @@ def available(mesh: Mesh | None) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
-def check(where: str, table: list[Entry], dtype: Any, mesh: Mesh | None) -> None:
+def check(where: str, table: list[Entry], dtype: Any, mesh: Mesh | None, rules: Rules) -> None:
     """Raises UserError where the parameters alone would not fit."""
-    need, free = needed(table, dtype, mesh), available(mesh)
+    need, free = needed(table, dtype, mesh, rules), available(mesh)
     if free is None or need <= free:
         return
     count = sum(math.prod(param_shape(entry)) for entry in table)

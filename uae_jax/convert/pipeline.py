@@ -4,14 +4,12 @@ import shutil
 from pathlib import Path
 
 from uae_jax import storage
-from uae_jax.convert import folder, lora, pooled, transfer
+from uae_jax.convert import bundle, folder, lora, pooled, transfer
 from uae_jax.errors import UserError
 from uae_jax.sampling import scheduler
 
 INDEX = "model_index.json"
 PARTS = ("vae", "scheduler", "transformer")
-# UniWorld-V1's class of captioner, projector and FLUX in one checkpoint.
-_BUNDLE = "UnivaQwen2p5VLForConditionalGeneration"
 
 
 def import_folder(source: Path, target: Path, adapter: Path | None = None) -> str:
@@ -30,11 +28,8 @@ def import_folder(source: Path, target: Path, adapter: Path | None = None) -> st
         return _import_pipeline(source, target, adapter)
     if (source / scheduler.FILE).is_file():
         return copy_scheduler(source, target)
-    if (source / "config.json").is_file() and folder.architecture(folder.load_config(source)) == _BUNDLE:
-        raise UserError(
-            f"{source} is UniWorld-V1's bundle of three models, whose file layout its code does not fix: split it into "
-            "captioner/, transformer/ (denoise_tower.denoiser) and projector/ (denoise_tower.denoise_projector)"
-        )
+    if (source / "config.json").is_file() and folder.architecture(folder.load_config(source)) == bundle.CLASS_NAME:
+        return bundle.import_bundle(source, target)
     return _copy_transformer(source, target, adapter) if adapter else transfer.copy_model(source, target)
 
 

@@ -17,7 +17,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from uae_jax.errors import UserError
-from uae_jax.sharding import param_spec
+from uae_jax.sharding import Rules, param_spec
 
 Params = dict[str, Any]
 
@@ -150,15 +150,17 @@ def load(table: list[Entry], tensors: Mapping[str, np.ndarray], where: str = "ch
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def place(table: list[Entry], tensors: Mapping[str, np.ndarray], mesh: Mesh, dtype: Any) -> Params:
-    """As `load`, with every parameter on the mesh: the host holds one device's part of one parameter at a time.
+def place(table: list[Entry], tensors: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules, dtype: Any) -> Params:
+    """As `load`, with every parameter on the mesh, where the model's sharding rules say.
+
+    The host holds one device's part of one parameter at a time.
 
     `tensors` must fit the table (`mismatches`).
     """
 
     def onto_mesh(entry: Entry) -> jax.Array:
         shape = param_shape(entry)
-        sharding = NamedSharding(mesh, param_spec(shape, mesh.shape["fsdp"]))
+        sharding = NamedSharding(mesh, param_spec(entry.path, shape, mesh.shape, rules))
         devices: dict[tuple, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             devices.setdefault(tuple((part.start, part.stop) for part in index or ()), []).append(device)

@@ -3,9 +3,11 @@
 An import is a checked copy, and so is an export; both go through the table of names tensor by tensor, so that nothing
 but what the model knows can pass. The folder keeps names (the key layout), types and bits of the tensors that it had,
 however many files they lay in; config.json, tokenizer and processor files are copied as they stand. An export of a
-trained run is that copy of the weights it started from, with what was trained put in its place.
+trained run is that copy of the weights it started from, with what was trained put in its place. Tensors that a release
+carries and its model never reads (`Architecture.unused`) are copied as they stand.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -63,14 +65,18 @@ def copy_model(source: Path, target: Path, trained: Trained = NOTHING, shard_byt
         for canonical in tables.flat_names(entry.names)
         for name in found.written[canonical]
     }
+    specs |= {name: files.Spec(tensor.dtype, tensor.shape) for name, tensor in found.unused.items()}
     with storage.new_folder(target) as partial:
-        names = files.write(partial, specs, _tensors(found, trained), found.stem, shard_bytes)
-        _copy_companions(source, partial)
+        tensors = itertools.chain(_tensors(found, trained), found.unused.items())
+        names = files.write(partial, specs, tensors, found.stem, shard_bytes)
+        copy_companions(source, partial)
     return f"{found.architecture}, {len(specs)} tensors in {len(names)} file{'s'[: len(names) > 1]}"
 
 
 def export_adapter(source: Path, target: Path, trained: Trained) -> str:
-    """Writes the adapters of a run that started from the model folder `source` as a PEFT folder `target`.
+    """Writes the adapters of a run that started from the model folder `source` to the new folder `target`.
+
+    Those of a captioner as PEFT does, those of a DiT as diffusers does.
 
     Returns:
       A line that says what was written. Raises UserError as `copy_model` does, and where there are no adapters.
@@ -81,9 +87,18 @@ def export_adapter(source: Path, target: Path, trained: Trained) -> str:
     if whole or not trained.shapes:
         raise UserError("--adapter: this run trained whole parameters, no adapters: export it without --adapter")
     with storage.new_folder(target) as partial:
-        count = lora.write_adapter(
-            partial, found.table, trained.shapes, trained.read, trained.alpha, str(source.resolve())
-        )
+        if found.architecture in pooled.TOWERS:
+            count = lora.write_diffusers(partial, found.table, trained.shapes, trained.read, trained.alpha)
+        else:
+            count = lora.write_adapter(
+                partial,
+                found.table,
+                trained.shapes,
+                trained.read,
+                trained.alpha,
+                str(source.resolve()),
+                folder.ARCHITECTURES[found.architecture].module_name,
+            )
     return f"adapters of {count} linear layers"
 
 
@@ -126,7 +141,8 @@ def _tensors(found: folder.Checkpoint, trained: Trained) -> Iterator[tuple[str, 
                 yield written, tensor
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what lies beside the weights of a model folder: configs, tokenizer, processors, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANIONS or path.name.startswith(_NAMES)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):

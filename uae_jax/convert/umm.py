@@ -55,6 +55,8 @@ def export(config: Any, target: Path, trained: transfer.Trained, origin: str) ->
       UserError: a part is missing, or is one that the page cannot run (of the tiny world).
     """
     where = system.weights_folder(config)
+    if system.captioner_folder(config).name == system.JANUS:
+        raise UserError("--umm: this is one model already, which transformers runs: export it without --umm")
     projector = folder.open_model(where / "projector").config
     kinds = {name: folder.architecture(folder.load_config(where / name)) for name in ("captioner", "transformer")}
     refused = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from uae_jax.planning import abstract, partitioned, topology
 from uae_jax.planning.phases import Phase
@@ -42,9 +41,9 @@ class Compiled(NamedTuple):
         return beyond_arguments(self.message, self.arguments)
 
 
-def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
+def compile_phase(phase: Phase) -> Compiled:
     """Compiles a phase for the mesh it was laid out on."""
-    domains = [topology.domain(device) for device in mesh.devices.flat]
+    domains = [topology.domain(device) for device in phase.mesh.devices.flat]
     begin = time.perf_counter()
     lowered = phase.lower()
     with tempfile.TemporaryDirectory() as where:
@@ -58,7 +57,7 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
         # Written before the compiler allots memory, so there even if it does not fit.
         dumps = sorted(Path(where).glob("*after*spmd-partitioning.before*.txt"))
         text = dumps[-1].read_text() if dumps else ""
-    program = partitioned.read(text, domains.__getitem__, len(domains)) if text else None
+    program = partitioned.read(text, domains.__getitem__, len(domains), phase.times) if text else None
     seconds = time.perf_counter() - begin
     return Compiled(seconds, abstract.bytes_per_chip(phase.arguments), memory, message, program)
 

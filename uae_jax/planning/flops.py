@@ -61,8 +61,12 @@ def _bytes(variable: Any) -> float:
         return float(size * 8)
 
 
+# Products [t, s, h] that a call of cuDNN's attention does for each head; backward it does the first again.
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def _product_flops(equation: Any) -> float:
-    """FLOPs of dot_general or conv_general_dilated; 0 of anything else."""
+    """FLOPs of dot_general, conv_general_dilated, and cuDNN's attention; 0 of anything else."""
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
@@ -72,6 +76,9 @@ def _product_flops(equation: Any) -> float:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    if name in _ATTENTION:
+        (*batch, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[-3]
+        return 2.0 * _ATTENTION[name] * math.prod(batch) * t * s * n * h
     return 0.0
 
 
@@ -106,6 +113,12 @@ def _equation(equation: Any, inputs: list[bool], known: Known) -> tuple[Work, li
         branches = [_walk(_closed(branch), inputs[1:], known) for branch in params["branches"]]
         work = max((work for work, _ in branches), key=lambda w: w.split_flops + w.whole_flops)
         return work, [inputs[0] or any(found) for found in zip(*(outputs for _, outputs in branches), strict=True)]
+    if name == "shard_map":  # its body is one device's
+        work, _ = _walk(_closed(params["jaxpr"]), [True] * len(inputs), known)
+        split = any(inputs)
+        return Work().plus(work, params["mesh"].size), [split] * len(equation.outvars)
+    if name == "pallas_call":
+        return _kernel(equation, any(inputs), known)
     inner = [_closed(x) for x in params.values() if hasattr(_closed(x), "eqns")]
     for jaxpr in inner:  # jit, checkpoint, custom_vjp_call, ...: called once, with these arguments
         if len(jaxpr.invars) == len(inputs) and len(jaxpr.outvars) == len(equation.outvars):
@@ -123,6 +136,16 @@ def _equation(equation: Any, inputs: list[bool], known: Known) -> tuple[Work, li
 def _repeated(shape: tuple[int, ...], known: Known) -> bool:
     """Whether an array has the batch's axes, first or behind the branches of guidance: its layout is then theirs."""
     return any(shape[at : at + len(rows)] == rows for rows in known.rows for at in (0, 1))
+
+
+def _kernel(equation: Any, split: bool, known: Known) -> tuple[Work, list[bool]]:
+    """A kernel runs once a cell of its grid, and moves its operands and results."""
+    jaxpr = _closed(equation.params["jaxpr"])
+    once, _ = _walk(jaxpr, [True] * len(jaxpr.invars), known)
+    flops = once.split_flops * math.prod(equation.params["grid_mapping"].grid)
+    moved = sum(map(_bytes, (*equation.invars, *equation.outvars)))
+    work = Work(flops * split, flops * (not split), moved * split, moved * (not split))
+    return work, [split] * len(equation.outvars)
 
 
 def _until_stable(body: Any, consts: list[bool], carry: list[bool], rest: list[bool], known: Known) -> Any:

@@ -199,13 +199,14 @@ def _increment(root: Instruction, index: int, body: dict[str, Instruction]) -> i
     return total if at is not None and at.opcode == "get-tuple-element" else 0
 
 
-def read(text: str, slice_of: Callable[[int], int], partitions: int) -> Partitioned:
+def read(text: str, slice_of: Callable[[int], int], partitions: int, times: int = 1) -> Partitioned:
     """Counts a module.
 
     Args:
       text: of an HLO module after SPMD partitioning.
       slice_of: the slice in which a partition lies.
       partitions: number of chips.
+      times: how often it is run.
     """
     computations, entry = parse(text)
     flops = moved = 0.0
@@ -229,7 +230,7 @@ def read(text: str, slice_of: Callable[[int], int], partitions: int) -> Partitio
                 for part in re.findall(r"%([\w.\-]+)", listed[1]) if listed else called:
                     yield from visit(part, depth, times)
 
-    for instruction, scope, depth, times in visit(entry, 0, 1.0):
+    for instruction, scope, depth, times in visit(entry, 0, float(times)):
         done = product_flops(instruction, scope)
         if done:
             flops += times * done

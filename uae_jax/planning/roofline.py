@@ -43,27 +43,43 @@ def estimate(load: Load, chip: Chip) -> Estimate:
     return Estimate(load.flops / chip.flops, load.hbm / chip.hbm_bandwidth, load.ici / chip.ici, load.dcn / chip.dcn)
 
 
-def compiled_load(work: Work, compiled: Compiled, chips: int) -> Load:
-    """What the partitioned program asks; at least the work of the jaxpr, which a product in a kernel would hide."""
-    program, memory = compiled.program, compiled.memory
-    if program is None:  # one chip: nothing was partitioned
-        touched = memory.arguments + memory.results if memory else 0.0
-        return Load(work.flops(chips), max(work.bytes(chips), touched), 0.0, 0.0)
-    touched = memory.arguments + memory.results if memory else 0.0
-    ici, dcn = (sum(getattr(c, name) for c in program.collectives) for name in ("received", "received_dcn"))
-    return Load(max(program.flops, work.flops(chips)), max(program.bytes, touched), ici, dcn)
-
-
-def reckoned_load(name: str, work: Work, chips: int, fsdp: int, domains: int, trained: float) -> Load:
-    """What a phase would ask if every layer's weights were gathered at each use, and the token loop's once.
+def compiled_load(work: Work, compiled: Compiled, chips: int, times: int) -> Load:
+    """What the partitioned program asks; at least the work of the jaxpr, which a product in a kernel would hide.
 
     Args:
-      fsdp: parts that weights lie in.
-      domains: slices, or hosts of GPUs, that gradients are summed over.
-      trained: bytes of what is trained, all of it.
+      times: runs of the program in a step, which are in `work` and `compiled.program`.
     """
-    share = (fsdp - 1) / fsdp
-    gathered = (work.held if name == "sample" else work.whole_bytes) * share
-    reduced = 2 * trained * (chips - 1) / chips if name == "update" else 0.0
-    dcn = 2 * trained / (chips // domains) * (domains - 1) / domains if name == "update" else 0.0
-    return Load(work.flops(chips), work.bytes(chips), gathered + reduced, dcn)
+    program, memory = compiled.program, compiled.memory
+    touched = memory.arguments + memory.results if memory else 0.0
+    if program is None:  # one chip: nothing was partitioned
+        return Load(work.flops(chips), max(work.bytes(chips), times * touched), 0.0, 0.0)
+    ici, dcn = (sum(getattr(c, name) for c in program.collectives) for name in ("received", "received_dcn"))
+    return Load(max(program.flops, work.flops(chips)), max(program.bytes, times * touched), ici, dcn)
+
+
+class Layout(NamedTuple):
+    """What the arithmetic knows of a run's mesh and of its captioner."""
+
+    chips: int
+    fsdp: int  # parts that weights lie in
+    tensor: int
+    domains: int  # slices, or hosts of GPUs, that gradients are summed over
+    share: float  # of the captioner's weights, that a chip uses
+    trained: float  # bytes of what is trained, all of it
+
+
+def reckoned_load(work: Work, layout: Layout, captioner: bool, update: bool, exchanged: float) -> Load:
+    """What a phase would ask if every layer's weights were gathered at each use, and a token loop's once.
+
+    Args:
+      captioner: its weights are the captioner's, which tensor splits.
+      update: gradients are summed over all chips.
+      exchanged: bytes of activations that are summed over tensor, all of them.
+    """
+    chips, tensor, domains = layout.chips, layout.tensor, layout.domains
+    share = layout.share if captioner else 1.0
+    gathered = (work.held or work.whole_bytes) * share * (layout.fsdp - 1) / layout.fsdp
+    summed = 2 * exchanged * (tensor - 1) / chips
+    reduced = 2 * layout.trained * (chips - 1) / chips if update else 0.0
+    dcn = 2 * layout.trained / (chips // domains) * (domains - 1) / domains if update else 0.0
+    return Load(work.flops(chips), work.split_bytes / chips + work.whole_bytes * share, gathered + summed + reduced, dcn)

@@ -79,7 +79,8 @@ def sample(
     """Draws one sequence a row, and leaves the loop when every row has ended.
 
     Row and position alone choose the random bits (`fold_in(keys[row], t)`), so a sample does not depend on its
-    neighbours. Leaving early costs one all-reduce of a bool a token on a sharded batch.
+    neighbours. Leaving early costs one all-reduce of a bool a token on a sharded batch; sequences without stop tokens
+    have one length and never leave early.
 
     Args:
       logits: [..., v] of the first token, from the prefill.
@@ -111,7 +112,7 @@ def sample(
 
     def more(carry):
         i, _, done, *_ = carry
-        return (i < max_tokens) & ~done.all()
+        return (i < max_tokens) & ~done.all() if sampling.stops else i < max_tokens
 
     def body(carry):
         i, token, done, cache, segment = carry

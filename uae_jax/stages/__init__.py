@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from uae_jax.gap import Watch
+from uae_jax.sharding import Rules
 from uae_jax.step import Metrics, State
 
 
@@ -19,6 +21,7 @@ class Program(NamedTuple):
 
     state: State
     frozen: Any
+    rules: Rules  # where the state's and the frozen parameters lie on the mesh
     step: Callable[[State, Any, dict[str, jax.Array]], tuple[State, Metrics]]  # pure; the loop compiles it
     batches: Batches
     steps: int
@@ -26,3 +29,5 @@ class Program(NamedTuple):
     # (state, writer) -> further metrics of the step; at step 0, every config.eval.every steps, and at the last
     evaluate: Callable[[State, Any], Metrics]
     finish: Callable[[State, Any], None]  # (state, writer), after the last step: tables, weights
+    # metrics of all steps so far -> further ones of the last, and why to stop, if so
+    watch: Watch = lambda rows: ({}, None)

@@ -24,7 +24,13 @@ from uae_jax.umm import Family
 
 
 def build(
-    config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int, captioner: Qwen2_5_VL, family: Family
+    config: Any,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    end_token: int,
+    captioner: Qwen2_5_VL,
+    family: Family,
+    mesh: jax.sharding.Mesh,
 ) -> Program:
     """The stage as a program; the loss is the mean of the very log-probs that RL scores with."""
     settings = config.captioner
@@ -59,6 +65,10 @@ def build(
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={"start": params["encoder"]},
+        rules=(
+            *folder.rules(dict.fromkeys(("start", "encoder"), captioner.config), mesh),
+            *optimizers.RULES,
+        ),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(
             config.seed, settings.batch_size, size, fields, coldstart.growing_scenes(settings.curriculum_steps)

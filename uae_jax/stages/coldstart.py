@@ -83,7 +83,8 @@ def supervised_step(
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        batch = batch | {"image": batch["image"].astype(jnp.float32) / 255.0}
+        if "image" in batch:
+            batch = batch | {"image": batch["image"].astype(jnp.float32) / 255.0}
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
         state, norm, _ = apply_gradient(state, gradient, optimizer)
         if ema:

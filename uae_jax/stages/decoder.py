@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from uae_jax import optimizers
+from uae_jax import optimizers, sharding
 from uae_jax.convert import folder
 from uae_jax.data.shapes import grammar
 from uae_jax.data.shapes.scene import Scene
@@ -22,6 +22,7 @@ from uae_jax.stages import Program, card, coldstart
 from uae_jax.step import Metrics, State
 from uae_jax.umm import Params, diffusion
 from uae_jax.umm import decoder as drawing
+from uae_jax.umm.prompts import Prompts, captions_as_text
 
 
 def whitening(states: np.ndarray, floor: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +43,9 @@ def build(
     workdir: Path,
     tokenizer: Tokenizer,
     modules: diffusion.Modules,
-    prompts: diffusion.Prompts,
+    prompts: Prompts,
     captioner_params: Params,
+    mesh: jax.sharding.Mesh,
 ) -> Program:
     """The stage as a program; `finish` writes projector, transformer and the card to workdir/weights."""
     settings = config.decoder
@@ -52,9 +54,7 @@ def build(
     pooled = jnp.zeros(transformer.config.pooled_projection_dim)
 
     def states_of(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, mask = diffusion.captions_as_text(
-            tokens, lengths, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token
-        )
+        ids, mask = captions_as_text(tokens, lengths, prompts.redraw_prefix, prompts.redraw_suffix, prompts.end_token)
         return diffusion.text_states(modules.captioner, params, ids, mask), mask
 
     def captions(scenes: list[Scene], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -109,11 +109,23 @@ def build(
         folder.save_model(weights / "projector", projector.config, trained["projector"] | jax.device_get(fixed))
         folder.save_model(weights / "transformer", transformer.config, trained["transformer"], np.float16)
         writer.message("evaluating the weights for their card")
-        card.write(config, workdir)
+        card.write(config, workdir, "decoder")
 
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={"start": captioner_params, "whitening": fixed},
+        rules=(
+            *folder.rules(
+                {
+                    "start": modules.captioner.config,
+                    "projector": projector.config,
+                    "transformer": transformer.config,
+                },
+                mesh,
+            ),
+            (r"whitening/.*", sharding.Split.COPIED),
+            *optimizers.RULES,
+        ),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(
             config.seed,

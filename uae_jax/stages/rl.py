@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from uae_jax import optimizers, pictures, rewards, step, storage, system
+from uae_jax import gap, optimizers, pictures, rewards, sharding, step, storage, system
 from uae_jax.bench import scores
 from uae_jax.bench.held_out import Evaluation, Evaluator
 from uae_jax.data import sources
@@ -80,22 +80,30 @@ def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     return Program(
         state=state,
         frozen=built.frozen,
+        rules=built.rules,
         step=run_step,
         batches=train,
         steps=config.steps,
         columns=COLUMNS,
         evaluate=evaluate,
         finish=finish,
+        watch=gap.watch(config),
     )
 
 
 def start(config: Any, built: system.System) -> tuple[State, optax.GradientTransformation]:
     """The state before the first update, and the optimizer it belongs to."""
-    params = {"encoder": system.trained(built.frozen["start"], config)}
+    params = sharding.made(
+        lambda start: {"encoder": system.trained(start, config)},
+        built.frozen["start"],
+        mesh=built.mesh,
+        rules=built.rules,
+    )
     optimizer = optimizers.make(
         config.optimizer, optimizers.schedule(config.optimizer, config.steps * config.rl.inner_epochs)
     )
-    return State(jnp.int32(0), jax.random.key(config.seed), params, optimizer.init(params), jnp.int32(0)), optimizer
+    opt_state = sharding.made(optimizer.init, params, mesh=built.mesh, rules=built.rules)
+    return State(jnp.int32(0), jax.random.key(config.seed), params, opt_state, jnp.int32(0)), optimizer
 
 
 def load_data(config: Any) -> tuple[Any, np.ndarray, list[Any] | None]:
@@ -133,7 +141,8 @@ class Gallery:
             one = likeliest.generate(params, frozen, images, keys[:, :1])
             group = family.generate(params, frozen, images, keys)
             captions = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), one, group)
-            redrawn = family.redraw(params, frozen, captions, images, jnp.concatenate([keys[:, :1], keys], axis=1))
+            again = jnp.concatenate([keys[:, :1], keys], axis=1)
+            redrawn, _ = family.redraw(params, frozen, captions, images, again)
             values = rewards.similarities(built.towers, frozen["towers"], images, redrawn)
             return captions.actions, captions.mask, redrawn, built.reward(config, captions, values)
 

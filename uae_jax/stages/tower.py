@@ -75,7 +75,7 @@ def contrastive(clip: CLIP, params: Any, images: jax.Array, tokens: jax.Array) -
     return sum(losses) / 2, (logits.argmax(-1) == labels).mean()
 
 
-def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> Program:
+def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program; `finish` writes the three model folders to workdir/weights."""
     settings = config.tower
     clip = CLIP(coldstart.model_config(config, "clip"))
@@ -119,6 +119,10 @@ def build(config: Any, workdir: Path, tokenizer: Tokenizer, end_token: int) -> P
     return Program(
         state=coldstart.initial_state(jax.random.key(config.seed), params, optimizer),
         frozen={},
+        rules=(
+            *folder.rules({**dict.fromkeys(TOWERS, clip.config), "judge": judge.config}, mesh),
+            *optimizers.RULES,
+        ),
         step=coldstart.supervised_step(loss, optimizer),
         batches=coldstart.SceneBatches(config.seed, settings.batch_size, size, fields, paired_scenes),
         steps=settings.steps,

@@ -1,5 +1,6 @@
 """The drawing half of UMM-1: an MM-DiT of SD3's or FLUX's kind, its noise levels, and the VAE behind its latents."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax import sharding
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.flux import config as flux_config
@@ -14,7 +17,7 @@ from uae_jax.models.flux.model import FluxTransformer
 from uae_jax.models.sd3 import config as sd3_config
 from uae_jax.models.sd3.model import SD3Transformer
 from uae_jax.models.vae.model import AutoencoderKL, gaussian
-from uae_jax.models.vae.pieces import sliced
+from uae_jax.models.vae.pieces import OVERLAP, tiled
 from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.umm import Params
@@ -23,7 +26,7 @@ Transformer = SD3Transformer | FluxTransformer
 KINDS = (sd3_config.CLASS_NAME, flux_config.CLASS_NAME)
 
 
-def transformer(config: Any, dtype: Any = jnp.float32, remat: bool = True) -> Transformer:
+def transformer(config: Any, dtype: Any = jnp.float32, remat: str = "full") -> Transformer:
     """The MM-DiT of a config of one of `KINDS`."""
     if isinstance(config, flux_config.Config):
         return FluxTransformer(config, dtype, remat)
@@ -84,7 +87,7 @@ def draw_step(
     """One call of the MM-DiT: latents [..., h, w, c], text [..., s, d], mask bool [..., s] -> like latents.
 
     Args:
-      frozen: `transformer` and `pooled` [p], the constant pooled condition.
+      frozen: `transformer` and `pooled` [p], the constant pooled condition (or [..., p], one a sample).
       sigma: noise level 0..1, a scalar or [...], which the model knows as a timestep 0..1000.
       distilled_guidance: scale that a FLUX with guidance_embeds is told; no other model reads it.
     """
@@ -117,29 +120,54 @@ def guided_step(
     if settings.guidance == 1.0:
         return draw_step(model, frozen, x, text, sigma, mask, distilled)
     if settings.two_passes:
+        pooled = jnp.broadcast_to(frozen["pooled"], (*text.shape[:-2], frozen["pooled"].shape[-1]))
         both = jax.lax.map(
-            lambda branch: draw_step(model, frozen, x, branch[0], sigma, branch[1], distilled), (text, mask)
+            lambda branch: draw_step(model, frozen | {"pooled": branch[2]}, x, branch[0], sigma, branch[1], distilled),
+            (text, mask, pooled),
         )
     else:
         both = draw_step(model, frozen, jnp.broadcast_to(x, (2, *x.shape)), text, sigma, mask, distilled)
     return flow.guided(both[0], both[1], settings.guidance)
 
 
+def check_tile(vae: AutoencoderKL | None, side: int) -> None:
+    """Raises UserError where tiles of `config.redraw.tile_vae` pixels do not overlap by whole latents."""
+    step = int(1 / OVERLAP) * (1 if vae is None else vae.config.downsampling)
+    if side % step:
+        raise UserError(f"config.redraw.tile_vae = {side}: the side of a tile must be a multiple of {step} pixels")
+
+
 def pixels_from_latents(
-    latents: jax.Array, vae: AutoencoderKL | None = None, params: Params = None, slices: bool = False
+    latents: jax.Array,
+    vae: AutoencoderKL | None = None,
+    params: Params = None,
+    slices: bool = False,
+    tile: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Images [b, g, H, W, 3] in 0..1 of latents [b, g, h, w, c]; without a VAE, latents are pixels in -1..1.
 
     Args:
-      slices: decode one sample of each group at a time.
+      slices: decode one sample of each group (a device) at a time.
+      tile: ... and larger images in tiles of so many pixels a side (`pieces.tiled`); 0: as a whole.
     """
     if vae is not None:
+        # Convolutions whose kernels are split would draw the whole batch on every device.
+        params = sharding.decode_view(params, mesh, vae.dtype, folder.rules_of(vae.config, mesh))
+        # The VAE's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
-        def decode(z: jax.Array) -> jax.Array:
+        def whole(z: jax.Array) -> jax.Array:
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             return apply(vae, params, z, method="decode").astype(jnp.float32)
 
-        latents = sliced(decode, latents, axis=1) if slices else decode(latents)
+        def decode(z: jax.Array) -> jax.Array:
+            z = spread(z)
+            return spread(tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z))
+
+        b, g = latents.shape[:2]
+        parts = g // sharding.group_ways(mesh, b, g, spare=True) if slices else 1
+        latents = sharding.in_parts(decode, latents, parts, axis=1)
     return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
 
 
@@ -151,10 +179,19 @@ def latents_from_pixels(
     Args:
       key: samples the VAE's Gaussian; None takes its mean.
     """
-    pixels = images * 2.0 - 1.0
     if vae is None:
-        return pixels
-    latents, logvar = gaussian(apply(vae, params, pixels, method="moments").astype(jnp.float32))
+        return images * 2.0 - 1.0
+    return latents_from_moments(moments_from_pixels(images, vae, params), vae, key)
+
+
+def moments_from_pixels(images: jax.Array, vae: AutoencoderKL, params: Params) -> jax.Array:
+    """The VAE's Gaussians [..., h, w, 2 c] of images [..., H, W, 3] in 0..1, in its compute type."""
+    return apply(vae, params, images * 2.0 - 1.0, method="moments")
+
+
+def latents_from_moments(moments: jax.Array, vae: AutoencoderKL, key: jax.Array | None = None) -> jax.Array:
+    """Latents float32 [..., h, w, c] of `moments_from_pixels`; `key` as in `latents_from_pixels`."""
+    latents, logvar = gaussian(moments.astype(jnp.float32))
     if key is not None:
         latents = latents + jnp.exp(0.5 * logvar) * jax.random.normal(key, latents.shape)
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor

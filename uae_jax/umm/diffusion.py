@@ -7,14 +7,15 @@ The caption is read again, without the image, by a frozen copy of the captioner 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
-from uae_jax import lora
+from uae_jax import lora, sharding
+from uae_jax.convert import folder
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.projector.model import Projector
@@ -25,6 +26,7 @@ from uae_jax.sampling import flow, tokens
 from uae_jax.sampling.scheduler import Scheduler
 from uae_jax.sampling.tokens import Segment
 from uae_jax.umm import Family, Params, Trajectory, caption, decoder
+from uae_jax.umm.prompts import Prompts, captions_as_text, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,68 +38,6 @@ class Modules:
     transformer: decoder.Transformer
     vae: AutoencoderKL | None = None  # None: latents are pixels
     scheduler: Scheduler | None = None  # None: `config.redraw` alone says where the noise levels lie
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Token ids round the caption, as tuples of ints."""
-
-    caption: tuple[int, ...]  # before the caption, one placeholder for the image
-    redraw_prefix: tuple[int, ...]
-    redraw_suffix: tuple[int, ...]
-    negative: tuple[int, ...]
-    end_token: int
-
-    @classmethod
-    def build(cls, tokenizer: Tokenizer, config: Any, sizes: Any) -> "Prompts":
-        """From the template strings of `config.prompt`; one placeholder in them stands for the image.
-
-        Raises:
-          UserError: the caption prompt has no or several image placeholders.
-        """
-
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
-        prompt = encode(config.prompt.caption)
-        if prompt.count(sizes.image_token_id) != 1:
-            raise UserError(f"config.prompt.caption = {config.prompt.caption!r} must hold exactly one <|image_pad|>")
-        return cls(
-            caption=tuple(prompt),
-            redraw_prefix=tuple(encode(config.prompt.redraw_prefix)),
-            redraw_suffix=tuple(encode(config.prompt.redraw_suffix)),
-            negative=tuple(encode(config.prompt.negative)),
-            end_token=sizes.eos_token_id,
-        )
-
-
-def merge(base: Params, changed: Params) -> Params:
-    """`base` with the leaves that `changed` holds: of the same tree, or adapters beside its kernels."""
-    if not isinstance(changed, dict):
-        return changed
-    return base | {name: merge(base.get(name, {}), value) for name, value in changed.items()}
-
-
-def captions_as_text(
-    captions: jax.Array, length: jax.Array, prefix: tuple[int, ...], suffix: tuple[int, ...], pad: int
-) -> tuple[jax.Array, jax.Array]:
-    """[prefix | caption | suffix], left-aligned and padded, by one gather.
-
-    Args:
-      captions: int [..., t].
-      length: [...], how many of those tokens to keep (without the end token).
-
-    Returns:
-      tokens [..., p + t + s] and their mask.
-    """
-    t, p, s = captions.shape[-1], len(prefix), len(suffix)
-    constant = jnp.broadcast_to(jnp.array([*prefix, *suffix, pad], jnp.int32), (*captions.shape[:-1], p + s + 1))
-    source = jnp.concatenate([captions, constant], axis=-1)  # caption | prefix | suffix | pad
-    at = jnp.arange(p + t + s)
-    end = p + length[..., None]
-    index = jnp.where(at < p, t + at, jnp.where(at < end, at - p, t + p + at - end))
-    mask = at < end + s
-    return jnp.take_along_axis(source, jnp.where(mask, index, t + p + s), axis=-1), mask
 
 
 def text_states(model: Qwen2_5_VL, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -129,10 +69,16 @@ def build(
         rollout: the policy itself.
 
     Raises:
-      UserError: the decoder cannot draw images of `config.data.image_size`.
+      UserError: the decoder cannot draw images of `config.data.image_size`; or it is to be trained, which samples
+        nothing.
     """
-    model, settings = modules.captioner, config.rl
+    if config.train != "encoder":
+        raise UserError(
+            f"config.train = {config.train!r}: these weights draw by diffusion, which RL leaves alone; use encoder"
+        )
+    model, settings, guidance = modules.captioner, config.rl, config.redraw.guidance
     shape = decoder.latent_shape(modules.transformer, modules.vae, config.data.image_size, config.data.image_size)
+    decoder.check_tile(modules.vae, config.redraw.tile_vae)
     levels = decoder.noise_levels(modules.transformer, modules.scheduler, config.redraw, shape)
     sampling = tokens.Sampling(settings.max_tokens, (prompts.end_token,), settings.temperature)
     if temperature is not None:
@@ -146,8 +92,9 @@ def build(
 
     def generate(params: Params, frozen: Params, images: jax.Array | Prompt, keys: jax.Array) -> Segment:
         return caption.generate(
-            model, full(params, frozen), seen(images), keys, allowed=allowed, sampling=sampling, mesh=mesh
-        )
+            model, full(params, frozen), seen(images), keys,
+            allowed=allowed, sampling=sampling, mesh=mesh, rules=folder.rules_of(model.config, mesh),
+        )  # fmt: skip
 
     def log_probs(
         params: Params, frozen: Params, images: jax.Array | Prompt, trajectory: Trajectory
@@ -188,20 +135,27 @@ def build(
 
     def redraw(
         params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Trajectory]:
         states, mask = conditions(params, frozen, captions, images)
-        noise = decoder.initial_noise(keys, shape, config.redraw.same_noise)
-        if config.redraw.guidance != 1.0:
+        # The decoder's weights leave the tensor axis free: it splits the group, where it divides that.
+        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
+        states, mask, noise = spread((states, mask, decoder.initial_noise(keys, shape, config.redraw.same_noise)))
+        if guidance != 1.0:
             # On a new leading axis: conditional, unconditional.
             states, mask = (jnp.stack(x) for x in zip((states, mask), negative_conditions(frozen, states), strict=True))
-        text = apply(modules.projector, frozen["projector"], states)
+        text = spread(apply(modules.projector, frozen["projector"], states), axis=0 if guidance == 1.0 else 1)
         shown = mask if config.mask_text else None
+        if config.redraw.gather == "once":
+            rules = folder.rules_of(modules.transformer.config, mesh)
+            view = sharding.decode_view(frozen["transformer"], mesh, modules.transformer.dtype, rules)
+            frozen = frozen | {"transformer": view}
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             prediction = decoder.guided_step(modules.transformer, frozen, x, text, sigma, shown, config.redraw)
             return flow.to_velocity(prediction.astype(jnp.float32), x, sigma, config.redraw.prediction)
 
         latents = flow.euler(velocity, noise, levels)
-        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), config.redraw.slice_vae)
+        pieces = config.redraw.slice_vae, config.redraw.tile_vae
+        return decoder.pixels_from_latents(latents, modules.vae, frozen.get("vae"), *pieces, mesh), {}
 
     return Family(generate, redraw, log_probs)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from uae_jax.convert.table import CONV2D, LINEAR, Entry
 from uae_jax.errors import UserError
 from uae_jax.models.dense import Dense
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +88,8 @@ def table(config: Config, image_size: int = 48) -> list[Entry]:
             Entry(f"{name}/bias", f"{name}.bias", shape[:1]),
         ]
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `CellClassifier(config)`: tensor splits no part of it."""
+    return (*COPIED, (r"(?:.*/)?kernel", Split.GATHERED))

@@ -2,6 +2,10 @@
 
 from uae_jax.convert.table import LINEAR, PATCHES, Entry, layers
 from uae_jax.models.clip.config import Config, TextConfig, TextModelConfig, VisionConfig
+from uae_jax.sharding import COPIED, Rules, Split
+
+# The numbers 0, 1, 2, ..., which transformers saved with CLIP and SigLIP until it stopped.
+BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "embeddings.position_ids")
 
 
 def norm_entries(path: str, name: str, width: int) -> list[Entry]:
@@ -83,3 +87,16 @@ def text_table(config: TextModelConfig) -> list[Entry]:
 def canonical_text(name: str) -> str:
     """A tensor's name in `text_table`: transformers 5 saves a `CLIPTextModel` without the prefix of the hub's files."""
     return f"text_model.{name}" if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else name
+
+
+_WHOLE: Rules = ((r"(?:.*/)?(?:kernel|embedding|position_embedding)", Split.GATHERED),)
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `CLIP(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, *_WHOLE)
+
+
+def text_rules(config: TextModelConfig, tensor: int) -> Rules:
+    """Sharding rules of `CLIPText(config)`: those of `CLIP`."""
+    return (*COPIED, *_WHOLE)

@@ -2,6 +2,7 @@
 
 from uae_jax.convert.table import KEEP, LINEAR, PATCHES, Entry, layers
 from uae_jax.models.dinov2.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def table(config: Config) -> list[Entry]:
@@ -48,3 +49,8 @@ def table(config: Config) -> list[Entry]:
         add(f"norm{i}/scale", f"norm{i}.weight", (d,))
         add(f"norm{i}/bias", f"norm{i}.bias", (d,))
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `DINOv2(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?(?:kernel|position_embeddings)", Split.GATHERED))

@@ -2,6 +2,7 @@
 
 from uae_jax.convert.table import KEEP, LINEAR, PATCHES, Entry, layers
 from uae_jax.models.dinov3.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def canonical(name: str) -> str:
@@ -44,3 +45,8 @@ def table(config: Config) -> list[Entry]:
         add(f"norm{i}/scale", f"norm{i}.weight", (d,))
         add(f"norm{i}/bias", f"norm{i}.bias", (d,))
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `DINOv3(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?kernel", Split.GATHERED))

@@ -16,6 +16,7 @@ from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
 from uae_jax.models.flux.config import PACK, Config
 from uae_jax.models.mmdit import NEAR_ZERO, Embedder, FeedForward, Modulation, layer_norm, modulate, timestep_embedding
+from uae_jax.sharding import batch_kept
 
 THETA = 10000.0
 # Both inputs of a time embedder, in its units: noise level 1 and guidance scale 1 are both 1000.
@@ -112,7 +113,7 @@ class DoubleBlock(nn.Module):
         self, streams: tuple[jax.Array, jax.Array], condition: jax.Array, table: Rotary, mask: jax.Array | None
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """streams (image [..., t, d], text [..., s, d]), condition [..., d] after its SiLU; rest: JointAttention."""
-        image, text = streams
+        image, text = map(batch_kept, streams)
         changes = Modulation(6, self.dtype, name="norm1")(condition)
         text_changes = Modulation(6, self.dtype, name="norm1_context")(condition)
         x, y = JointAttention(self.config, self.dtype, name="attn")(
@@ -142,7 +143,7 @@ class SingleBlock(nn.Module):
         self, x: jax.Array, condition: jax.Array, table: Rotary, mask: jax.Array | None
     ) -> tuple[jax.Array, None]:
         """x [..., s + t, d], condition [..., d] after its SiLU; rest: JointAttention."""
-        width = self.config.width
+        width, x = self.config.width, batch_kept(x)
         shift, scale, gate = Modulation(3, self.dtype, name="norm")(condition)
         normed = modulate(layer_norm(self.dtype)(x), shift, scale)
         attended = SelfAttention(self.config, self.dtype, name="attn")(normed, table, mask)
@@ -165,12 +166,12 @@ class FluxTransformer(nn.Module):
       config: sizes.
       dtype: compute dtype; parameters are float32, norms, softmax, rotations and time sinusoids compute in float32
         (diffusers rounds time and guidance to `dtype` first, which in bfloat16 moves the time by several of its 1000).
-      remat: recompute the activations of a block in the backward pass.
+      remat: what of a block the backward pass computes again; see `models.REMAT`.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     @nn.compact
     def __call__(
@@ -239,7 +240,9 @@ class FluxTransformer(nn.Module):
             )
             return scanned(config, self.dtype, name=name)
 
-        (image, text), _ = stack(DoubleBlock, config.num_layers, "blocks")((image, text), condition, table, mask)
+        (image, text), _ = stack(DoubleBlock, config.num_layers, "blocks")(
+            (batch_kept(image), batch_kept(text)), condition, table, mask
+        )
         x = jnp.concatenate([text, image], axis=-2)
         x, _ = stack(SingleBlock, config.num_single_layers, "single_blocks")(x, condition, table, mask)
 

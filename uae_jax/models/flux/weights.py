@@ -3,6 +3,7 @@
 from uae_jax.convert.table import LINEAR, Entry, Names, layers
 from uae_jax.models.flux.config import Config
 from uae_jax.models.mmdit import TIME_CHANNELS
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def _linear(path: str, weight: Names, bias: Names, out: int, width: int) -> list[Entry]:
@@ -57,3 +58,8 @@ def table(config: Config) -> list[Entry]:
     entries += linear("norm_out/linear", "norm_out.linear", 2 * d, d)
     entries += linear("proj_out", "proj_out", config.token_out, d)
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `FluxTransformer(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?kernel", Split.GATHERED))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from uae_jax.convert.table import LINEAR, Entry
 from uae_jax.errors import UserError
 from uae_jax.models.dense import Dense
+from uae_jax.sharding import COPIED, Rules, Split
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "silu": nn.silu}
 
@@ -108,3 +109,8 @@ def table(config: Config) -> list[Entry]:
             Entry("matrix", "whitening.matrix", (config.in_size, config.in_size)),
         ]
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `Projector(config)`: tensor splits no part of it."""
+    return (*COPIED, (r"(?:.*/)?(?:kernel|mean|matrix)", Split.GATHERED))

@@ -62,7 +62,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model. `mrope_section` splits half a head's frequencies over time, height and width."""
+    """The language model. `mrope_section` splits half a head's frequencies over time, height and width.
+
+    One section and no `attention_bias` make it Llama, with one axis of positions.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -75,6 +78,7 @@ class TextConfig:
     tie_word_embeddings: bool
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 128000
+    attention_bias: bool = True  # of query, key and value
 
     @property
     def head_dim(self) -> int:

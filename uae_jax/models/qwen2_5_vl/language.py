@@ -71,6 +71,23 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def with_images(embeds: jax.Array, placeholder: jax.Array, features: jax.Array) -> jax.Array:
+    """Token embeddings with the row's i-th image feature in place of its i-th placeholder.
+
+    Args:
+      embeds: [..., t, d].
+      placeholder: bool [..., t].
+      features: [..., n, d]; at least as many as the row has placeholders, the rest is not used. Leading axes of size 1
+        broadcast.
+
+    Returns:
+      [..., t, d].
+    """
+    which = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, features.shape[-2] - 1)
+    placed = jnp.take_along_axis(features, which[..., None], axis=-2)
+    return jnp.where(placeholder[..., None], placed.astype(embeds.dtype), embeds)
+
+
 def text_positions(positions: jax.Array) -> jax.Array:
     """Rotary positions of plain text: the same on all three axes. [..., t] -> [3, ..., t]."""
     return jnp.broadcast_to(positions, (3, *positions.shape))
@@ -82,7 +99,7 @@ def mrope_angles(positions: jax.Array, config: TextConfig) -> jax.Array:
     Products, no matrix multiplication: they stay exact in float32 whatever the matmul precision.
 
     Args:
-      positions: int [3, ..., t]: time, height, width.
+      positions: int [3, ..., t]: time, height, width; [1, ..., t] where there is one section.
 
     Returns:
       float32 [..., t, h / 2]; consecutive sections of the frequencies read consecutive axes.
@@ -99,7 +116,7 @@ def _write(slots: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Arra
 
 
 class SelfAttention(nn.Module):
-    """`Qwen2_5_VLAttention`: biased query, key and value, unbiased output."""
+    """`Qwen2_5_VLAttention`, biased query, key and value, or `LlamaAttention`; the output has no bias."""
 
     config: TextConfig
     dtype: jnp.dtype
@@ -111,7 +128,7 @@ class SelfAttention(nn.Module):
         c = self.config
 
         def heads(number: int, name: str) -> jax.Array:
-            y = Dense(number * c.head_dim, dtype=self.dtype, name=name)(x)
+            y = Dense(number * c.head_dim, use_bias=c.attention_bias, dtype=self.dtype, name=name)(x)
             return y.reshape(*x.shape[:-1], number, c.head_dim)
 
         q = rotate(heads(c.num_heads, "q_proj"), angles)
@@ -144,7 +161,7 @@ class LanguageModel(nn.Module):
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     def setup(self) -> None:
         c = self.config
@@ -183,7 +200,7 @@ class LanguageModel(nn.Module):
 
         Args:
           embeds: [..., t, d].
-          positions: int [3, ..., t], rotary (time, height, width); see `text_positions`.
+          positions: int [3, ..., t], rotary (time, height, width), see `text_positions`; [1, ..., t] for Llama.
           mask: bool, two axes or more, broadcastable to [..., t, s]; True where a token sees a slot. Causality is part
             of it.
           cache: s slots; the new keys and values go to slots index..index+t, the same for the whole batch.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from uae_jax.models.qwen2_5_vl.config import Config
-from uae_jax.models.qwen2_5_vl.language import Cache, LanguageModel
+from uae_jax.models.qwen2_5_vl.language import Cache, LanguageModel, text_positions, with_images
 from uae_jax.models.qwen2_5_vl.vision import Layout, VisionTower
 
 
@@ -19,7 +19,7 @@ class Qwen2_5_VL(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     def setup(self) -> None:
         self.visual = VisionTower(self.config.vision, self.dtype, self.remat)
@@ -50,10 +50,7 @@ class Qwen2_5_VL(nn.Module):
         embeds = self.language.embed(tokens)
         if image_features is None:
             return embeds
-        placeholder = tokens == self.config.image_token_id
-        which = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, image_features.shape[-2] - 1)
-        features = jnp.take_along_axis(image_features, which[..., None], axis=-2)
-        return jnp.where(placeholder[..., None], features.astype(embeds.dtype), embeds)
+        return with_images(embeds, tokens == self.config.image_token_id, image_features)
 
     def hidden(
         self,
@@ -69,6 +66,11 @@ class Qwen2_5_VL(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d] -> float32 [..., v]."""
         return self.language.logits(hidden)
+
+    @nn.nowrap
+    def text_positions(self, positions: jax.Array) -> jax.Array:
+        """Positions of plain text, int [..., t], as `hidden` takes them."""
+        return text_positions(positions)
 
     @nn.nowrap
     def init_cache(self, batch_shape: Sequence[int], length: int) -> Cache:

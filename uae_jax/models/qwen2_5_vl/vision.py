@@ -63,7 +63,7 @@ class Period(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(
@@ -111,7 +111,7 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     @nn.compact
     def __call__(self, patches: jax.Array, layout: Layout) -> jax.Array:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from uae_jax.convert.table import KEEP, LINEAR, PATCHES, Entry, Names, layers
 from uae_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
+from uae_jax.sharding import COPIED, Rules, Split, divided
 
 
 def table(config: Config) -> list[Entry]:
     """Every parameter of `Qwen2_5_VL(config)`; scanned layers are stacked along leading axes."""
-    return _vision(config.vision) + _text(config.text)
+    return _vision(config.vision) + text_table(config.text)
 
 
 # Prefixes in the hub's layout, which transformers 4.x has in memory and every release reads and writes by default, and
@@ -80,7 +81,8 @@ def _vision(c: VisionConfig) -> list[Entry]:
     ]
 
 
-def _text(c: TextConfig) -> list[Entry]:
+def text_table(c: TextConfig) -> list[Entry]:
+    """Entries of the language model with its head."""
     d, path = c.hidden_size, "language/layers"
     names = layers("model.layers.{}", range(c.num_layers))
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -90,9 +92,9 @@ def _text(c: TextConfig) -> list[Entry]:
         *(
             entry
             for name, inputs, outputs, bias in (
-                ("q_proj", d, q, True),
-                ("k_proj", d, kv, True),
-                ("v_proj", d, kv, True),
+                ("q_proj", d, q, c.attention_bias),
+                ("k_proj", d, kv, c.attention_bias),
+                ("v_proj", d, kv, c.attention_bias),
                 ("o_proj", q, d, False),
             )
             for entry in _linear(
@@ -106,3 +108,26 @@ def _text(c: TextConfig) -> list[Entry]:
     if not c.tie_word_embeddings:
         entries += _linear("language/lm_head", "lm_head", d, c.vocab_size, bias=False)
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `Qwen2_5_VL(config)`: the vision tower, which runs once an image, is not split by tensor."""
+    return (*COPIED, *text_rules(config.text, tensor), (r"visual/(?:.*/)?kernel", Split.GATHERED))
+
+
+def text_rules(c: TextConfig, tensor: int) -> Rules:
+    """Of the language model: tensor splits heads, the width of the MLP and the vocabulary, each if it divides.
+
+    Key and value heads past their number are on every device of the axis, as are what they cache.
+    """
+    heads, keys, width, words = c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size
+    path = "language/layers"
+    return (
+        (f"{path}/self_attn/q_proj/kernel", divided(Split.COLUMNS, heads, tensor)),
+        (f"{path}/self_attn/[kv]_proj/kernel", divided(Split.COLUMNS, keys, tensor)),
+        (f"{path}/self_attn/o_proj/kernel", divided(Split.ROWS, heads, tensor)),
+        (f"{path}/mlp/(?:gate|up)_proj/kernel", divided(Split.COLUMNS, width, tensor)),
+        (f"{path}/mlp/down_proj/kernel", divided(Split.ROWS, width, tensor)),
+        ("language/embed_tokens/embedding", divided(Split.ROWS, words, tensor)),
+        ("language/lm_head/kernel", divided(Split.COLUMNS, words, tensor)),
+    )

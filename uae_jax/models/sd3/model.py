@@ -15,6 +15,7 @@ from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
 from uae_jax.models.mmdit import NEAR_ZERO, Embedder, FeedForward, Modulation, layer_norm, modulate, timestep_embedding
 from uae_jax.models.sd3.config import Config
+from uae_jax.sharding import batch_kept
 
 
 def position_table(config: Config) -> jax.Array:
@@ -92,7 +93,7 @@ class Block(nn.Module):
         self, streams: tuple[jax.Array, jax.Array], condition: jax.Array, mask: jax.Array | None
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """streams (image [..., t, d], text [..., s, d]), condition [..., d] after its SiLU, mask bool [..., s]."""
-        image, text = streams
+        image, text = map(batch_kept, streams)
         chunks = Modulation(9 if self.dual else 6, self.dtype, name="norm1")(condition)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = chunks[:6]
         normed = layer_norm(self.dtype)(image)
@@ -131,12 +132,12 @@ class SD3Transformer(nn.Module):
     Attributes:
       config: sizes.
       dtype: compute dtype; parameters are float32, norms, softmax and time sinusoids compute in float32.
-      remat: recompute the activations of a block in the backward pass.
+      remat: what of a block the backward pass computes again; see `models.REMAT`.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: str = "full"
 
     @nn.compact
     def __call__(
@@ -189,7 +190,7 @@ class SD3Transformer(nn.Module):
             )
             return block(config, self.dtype, dual=dual, name=name)
 
-        streams = (image, text)
+        streams = (batch_kept(image), batch_kept(text))
         if config.num_dual:
             streams, _ = stack(config.num_dual, True, "dual_blocks")(streams, condition, text_mask)
         if config.num_plain:

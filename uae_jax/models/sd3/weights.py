@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from uae_jax.convert.table import LINEAR, PATCHES, Entry, Names, layers
 from uae_jax.models.mmdit import TIME_CHANNELS
 from uae_jax.models.sd3.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def _linear(path: str, weight: Names, bias: Names, out: int, width: int) -> list[Entry]:
@@ -71,3 +72,11 @@ def table(config: Config) -> list[Entry]:
     entries += linear("norm_out/linear", "norm_out.linear", 2 * d, d)
     entries += linear("proj_out", "proj_out", p * p * config.out_channels, d)
     return entries
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `SD3Transformer(config)`: tensor splits its batch and no weights.
+
+    Its heads need not divide (SD3.5 large has 38), and modulations make up a third of it.
+    """
+    return (*COPIED, (r"(?:.*/)?(?:kernel|pos_embed)", Split.GATHERED))

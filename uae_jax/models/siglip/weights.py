@@ -4,6 +4,7 @@ from uae_jax.convert.table import LINEAR, PATCHES, Entry
 from uae_jax.models.clip.config import VisionConfig
 from uae_jax.models.clip.weights import layer_entries, norm_entries
 from uae_jax.models.siglip.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def _dense(path: str, name: str, out: int, size: int) -> list[Entry]:
@@ -58,3 +59,8 @@ def table(config: Config) -> list[Entry]:
 def canonical_vision(name: str) -> str:
     """A tensor's name in the table of an image tower alone: the hub's older files have a prefix."""
     return name.removeprefix("vision_model.")
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `SigLIP(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?(?:kernel|embedding|position_embedding)", Split.GATHERED))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from uae_jax.convert.table import LINEAR, Entry, layers
 from uae_jax.models.t5.config import Config
+from uae_jax.sharding import COPIED, Rules, Split
 
 
 def table(config: Config) -> list[Entry]:
@@ -38,3 +39,8 @@ def table(config: Config) -> list[Entry]:
 def ties(config: Config) -> Mapping[str, str]:
     """The copy of the embedding that some files hold, and the tensor that it is a copy of."""
     return {"encoder.embed_tokens.weight": "shared.weight"}
+
+
+def rules(config: Config, tensor: int) -> Rules:
+    """Sharding rules of `T5Encoder(config)`: no part of it is split by tensor, which splits its batch instead."""
+    return (*COPIED, (r"(?:.*/)?(?:kernel|embedding|relative_attention_bias)", Split.GATHERED))

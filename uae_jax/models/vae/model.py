@@ -33,7 +33,8 @@ class GroupNorm(nn.Module):
         return (y.reshape(x.shape) * scale + bias).astype(self.dtype)
 
 
-def _conv(features: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+def conv(features: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    """A 3 x 3 convolution that keeps the sides."""
     return nn.Conv(features, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, name=name)
 
 
@@ -47,9 +48,9 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
-        y = _conv(self.width, self.dtype, "conv1")(y)
+        y = conv(self.width, self.dtype, "conv1")(y)
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(y))
-        y = _conv(self.width, self.dtype, "conv2")(y)
+        y = conv(self.width, self.dtype, "conv2")(y)
         if x.shape[-1] != self.width:
             x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return x + y
@@ -90,11 +91,14 @@ class DownBlock(nn.Module):
     last: bool
     groups: int
     dtype: jnp.dtype
+    attention: bool = False  # after each residual block
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.layers):
             x = ResnetBlock(self.width, self.groups, self.dtype, name=f"resnets_{i}")(x)
+            if self.attention:
+                x = AttentionBlock(self.groups, self.dtype, name=f"attentions_{i}")(x)
         if self.last:
             return x
         # Padded below and to the right only.
@@ -110,14 +114,17 @@ class UpBlock(nn.Module):
     last: bool
     groups: int
     dtype: jnp.dtype
+    attention: bool = False  # after each residual block
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.layers):
             x = ResnetBlock(self.width, self.groups, self.dtype, name=f"resnets_{i}")(x)
+            if self.attention:
+                x = AttentionBlock(self.groups, self.dtype, name=f"attentions_{i}")(x)
         if self.last:
             return x
-        return _conv(self.width, self.dtype, "upsamplers_0")(x.repeat(2, axis=-3).repeat(2, axis=-2))
+        return conv(self.width, self.dtype, "upsamplers_0")(x.repeat(2, axis=-3).repeat(2, axis=-2))
 
 
 class Encoder(nn.Module):
@@ -130,13 +137,13 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, groups = self.config, self.config.norm_num_groups
         widths = config.block_out_channels
-        x = _conv(widths[0], self.dtype, "conv_in")(x)
+        x = conv(widths[0], self.dtype, "conv_in")(x)
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             x = DownBlock(width, config.layers_per_block, last, groups, self.dtype, name=f"down_blocks_{i}")(x)
         x = MidBlock(groups, self.dtype, name="mid_block")(x)
         x = nn.silu(GroupNorm(groups, self.dtype, name="conv_norm_out")(x))
-        return _conv(2 * config.latent_channels, self.dtype, "conv_out")(x)
+        return conv(2 * config.latent_channels, self.dtype, "conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -149,13 +156,13 @@ class Decoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, groups = self.config, self.config.norm_num_groups
         widths = config.block_out_channels[::-1]
-        x = _conv(widths[0], self.dtype, "conv_in")(x)
+        x = conv(widths[0], self.dtype, "conv_in")(x)
         x = MidBlock(groups, self.dtype, name="mid_block")(x)
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             x = UpBlock(width, config.layers_per_block + 1, last, groups, self.dtype, name=f"up_blocks_{i}")(x)
         x = nn.silu(GroupNorm(groups, self.dtype, name="conv_norm_out")(x))
-        return _conv(config.out_channels, self.dtype, "conv_out")(x)
+        return conv(config.out_channels, self.dtype, "conv_out")(x)
 
 
 def gaussian(moments: jax.Array) -> tuple[jax.Array, jax.Array]:

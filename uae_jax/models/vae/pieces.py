@@ -1,4 +1,4 @@
-"""Encoding and decoding in pieces, for when the activations of a whole batch or of a large image do not fit."""
+"""Encoding and decoding in pieces, for when the activations of a large image do not fit."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,14 +9,6 @@ import numpy as np
 
 # The share of a tile that it has in common with the next, as in diffusers.
 OVERLAP = Fraction(1, 4)
-
-
-def sliced(function: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
-    """`function(x)`, one index of a leading axis of x at a time: the same result with the memory of one.
-
-    On a mesh, take an axis that is not split, or every device works on the same slice.
-    """
-    return jnp.moveaxis(jax.lax.map(function, jnp.moveaxis(x, axis, 0)), 0, axis)
 
 
 def tiled(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int, tile_out: int) -> jax.Array:

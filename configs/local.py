@@ -1,0 +1,26 @@
+"""What `:runlocal` makes of a config of real size: the same run on a laptop, in the tiny world that ships."""
+
+from typing import Any
+
+from configs import tiny
+
+
+def shrunk(config: Any) -> Any:
+    """`config` with the tiny world's weights, data, prompts and decoder, a few steps long; what it trains, and how the
+    step is put together (adapters, microbatches, guidance, rewards of the text), stays."""
+    small = tiny.get_config()
+    config.unlock()
+    if "models" in config:
+        del config.models
+    for field in ("weights", "dtype", "prompt", "data", "reward", "monitor", "mask_text", "eval", "mesh"):
+        config[field] = small[field]
+    for field in ("steps", "shift", "spacing", "prediction", "slice_vae"):
+        config.redraw[field] = small.redraw[field]
+    config.steps = 3
+    config.data.batch_size = 4
+    config.data.held_out = config.eval.batch_size = 16
+    config.rl.group_size = 4
+    config.rl.max_tokens = small.rl.max_tokens
+    config.rl.microbatches = config.rl.rollout_microbatches = 2
+    config.lora.rank = min(config.lora.rank, 4)
+    return config.lock()
