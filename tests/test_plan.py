@@ -316,7 +316,7 @@ def worker(folder):
         "plan": run(small(), whole=True, price=2.0),
         "stage": run(small(stage="tower")),
         "sizes": run(small(weights=f"{folder}/none")),
-        "batch": run(small(data__batch_size=12)),
+        "batch": run(small(data__batch_size=3)),
         "devices": run(small(), "cpu:16"),
     }
     with mock.patch.object(topology, "compiles", return_value=False):
@@ -434,7 +434,7 @@ def test_gpus_by_arithmetic(found):
 
 @pytest.mark.parametrize(
     "name, says",
-    [("stage", "config.stage = 'tower'"), ("sizes", "config.models"), ("batch", "12"), ("devices", "own")],
+    [("stage", "config.stage = 'tower'"), ("sizes", "config.models"), ("batch", "= 3 images"), ("devices", "own")],
 )
 def test_what_cannot_be_planned(found, name, says):
     message, values = found[name]

@@ -230,12 +230,12 @@ def read(text: str, slice_of: Callable[[int], int], partitions: int, times: int 
                 for part in re.findall(r"%([\w.\-]+)", listed[1]) if listed else called:
                     yield from visit(part, depth, times)
 
-    for instruction, scope, depth, times in visit(entry, 0, float(times)):
+    for instruction, scope, depth, runs in visit(entry, 0, float(times)):
         done = product_flops(instruction, scope)
         if done:
-            flops += times * done
+            flops += runs * done
             operands = sum(size(scope[name].shape) for name in instruction.operands[:2])
-            moved += times * (operands + size(instruction.shape))
+            moved += runs * (operands + size(instruction.shape))
         kind = instruction.opcode
         if kind in KINDS:
             attributes = instruction.rest[instruction.rest.index(")") :]
@@ -246,12 +246,13 @@ def read(text: str, slice_of: Callable[[int], int], partitions: int, times: int 
             if group > 1:
                 entry_of = found[kind, depth, size(instruction.shape), group, slices]
                 entry_of[0] += 1
-                entry_of[1] += times
+                entry_of[1] += runs
     collectives = []
-    for (kind, depth, result, group, slices), (n, runs) in found.items():
+    for (kind, depth, result, group, slices), (n, executed) in found.items():
         inside, alone = group // slices, kind in ("all-to-all", "collective-permute")
         across = received(kind, result, slices) / (1 if alone else inside) if slices > 1 else 0.0
         within = received(kind, result, inside if slices > 1 else group)
-        found_here = Collective(kind, depth, int(n), runs, result, group, slices, runs * within, runs * across)
+        exchange = executed * within, executed * across
+        found_here = Collective(kind, depth, int(n), executed, result, group, slices, *exchange)
         collectives.append(found_here)
     return Partitioned(flops, moved, sorted(collectives, key=lambda c: -c.received), unknown)

@@ -50,7 +50,7 @@ def parts(run: Abstract) -> list[Phase]:
     times = config.rl.rollout_microbatches
     b, g, side = config.data.batch_size // times, config.rl.group_size, config.data.image_size
     rows = frozenset((images, g) for images in (b, config.data.batch_size // config.rl.microbatches))
-    codes = run.system.modules.config.vq.num_patches ** 2 if isinstance(run.system.modules, Janus) else 1
+    codes = run.system.modules.config.vq.num_patches**2 if isinstance(run.system.modules, Janus) else 1
     params = run.state.params
 
     def shapes(batch: int) -> tuple[Any, Any]:

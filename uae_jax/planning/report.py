@@ -119,6 +119,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "slices": plan.topology.slices,
         "chips": chips,
         "mesh": plan.mesh,
+        "images": plan.images,
         "fits": plan.fits,
         "peak_gib_per_chip": gib(peak),
         "peak_phase": name,

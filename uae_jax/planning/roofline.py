@@ -82,4 +82,6 @@ def reckoned_load(work: Work, layout: Layout, captioner: bool, update: bool, exc
     summed = 2 * exchanged * (tensor - 1) / chips
     reduced = 2 * layout.trained * (chips - 1) / chips if update else 0.0
     dcn = 2 * layout.trained / (chips // domains) * (domains - 1) / domains if update else 0.0
-    return Load(work.flops(chips), work.split_bytes / chips + work.whole_bytes * share, gathered + summed + reduced, dcn)
+    return Load(
+        work.flops(chips), work.split_bytes / chips + work.whole_bytes * share, gathered + summed + reduced, dcn
+    )

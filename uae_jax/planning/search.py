@@ -87,7 +87,7 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
         trained=sum(float(x.size) * 4 for x in jax.tree.leaves(state.params)),
     )
     captions = config.data.batch_size * rl.group_size
-    codes = model.config.vq.num_patches ** 2 if isinstance(model, Janus) else 0
+    codes = model.config.vq.num_patches**2 if isinstance(model, Janus) else 0
     drawn = captions * codes * (1 if config.redraw.guidance == 1.0 else 2)
     # Passes over a sequence: written once; scored before the update, by the start, and forward, backward and again.
     tokens = {"sample": captions * rl.max_tokens, "redraw": drawn, "score": 0}
