@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from configs import tiny
 from tests.tiny import changed
 from uae_jax import plan
 from uae_jax.errors import UserError
+from uae_jax.models.attention import splash
 from uae_jax.planning import compiler, flops, partitioned, roofline, topology
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,37 @@ def test_no_such_topology(name, slices):
 
 
 # ---- FLOPs on the jaxpr ----------------------------------------------------------------------------------------------
+
+
+def test_kernels_and_what_devices_do_each_for_themselves():
+    """A shard_map's body is one device's part; a Pallas kernel runs once a cell of its grid, and hides no FLOPs."""
+    mesh = jax.sharding.AbstractMesh((4, 2), ("b", "c"))
+    spec = jax.sharding.PartitionSpec(("b", "c"))
+    split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec)
+    assert count(split, (16, 5), (5, 7), with_batch=[True, False]).split_flops == 2 * 16 * 5 * 7
+
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    tiled = pl.pallas_call(
+        kernel,
+        grid=(4, 3),
+        in_specs=[pl.BlockSpec((8, 16), lambda i, j: (i, 0)), pl.BlockSpec((16, 8), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((8, 8), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((32, 24), jnp.float32),
+    )
+    found = count(tiled, (32, 16), (16, 24))
+    assert found.split_flops == 2 * 32 * 16 * 24 and found.split_bytes == 4 * (32 * 16 + 16 * 24 + 32 * 24)
+
+
+def test_splash_attention_is_counted():
+    """Two products of [t, h] by [h, s] a head, whole blocks of heads padded to 128 channels."""
+    b, t, n, h = 2, 512, 2, 128
+    q = jax.ShapeDtypeStruct((b, t, n, h), jnp.bfloat16)
+    seen = jax.ShapeDtypeStruct((b, t), jnp.bool_)
+    jaxpr = jax.make_jaxpr(lambda q, k, v, seen: splash(q, k, v, seen, scale=1.0))(q, q, q, seen)
+    found = flops.count(jaxpr, [True] * 4, flops.Known(1))
+    assert found.split_flops == pytest.approx(4 * b * n * t * t * h, rel=0.02)
 
 
 def count(function, *shapes, with_batch=None, trips=1, rows=(), dtype=jnp.float32):
@@ -444,12 +477,26 @@ def test_what_cannot_be_planned(found, name, says):
 def test_sweep_ranks_and_compiles_three(found):
     text, tried = found["sweep"]
     assert "compiler" in text and "arithmetic" in text
-    # four splits of eight devices; a batch of 16 in one or two parts
-    assert len(tried) == 4 * 2 and len({(t["mesh.data"], t["rl.microbatches"]) for t in tried}) == 8
+    keys = [tuple(t[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")) for t in tried]
+    assert set(keys) == {(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * f * t == 8}
+    # 16 images of two captions over eight devices: in up to four parts; over one, in up to 16
+    parts = {
+        (t["rl.rollout_microbatches"], t["rl.microbatches"]) for t, key in zip(tried, keys, strict=True) if key[2] == 1
+    }
+    assert parts == {(a, b) for a in (1, 2, 4) for b in (1, 2, 4)}
+    assert sum(key[2] == 8 for key in keys) == 25
     compiled = [all(phase["compiled"] for phase in t["phases"].values()) for t in tried]
-    assert compiled == [True] * 3 + [False] * 5
-    assert np.all(np.diff([t["seconds_estimate"] for t in tried[3:]]) >= 0)
-    assert all(t["mesh.data"] * t["mesh.fsdp"] == 8 for t in tried)
+    assert compiled == [True] * 3 + [False] * (len(tried) - 3)
+    assert np.all(np.diff([t["seconds_estimate"] for t in tried[3:] if t["fits"]]) >= 0)
+    # Twice the microbatches: a cache of half the size, weights read twice.
+    of = {(*key, t["rl.rollout_microbatches"], t["rl.microbatches"]): t for key, t in zip(keys, tried, strict=True)}
+    one, two = of[8, 1, 1, 1, 4], of[8, 1, 1, 4, 4]
+    assert one["memory_gib_per_chip"]["cache"] == 4 * two["memory_gib_per_chip"]["cache"] > 0
+    read = [x["phases"]["sample"]["bytes_per_chip"]["hbm"] for x in (one, two)]
+    assert read[0] < read[1] < 4 * read[0]
+    # Over tensor a chip holds a part of the decode view, and says so to others.
+    whole, split = of[1, 8, 1, 1, 1], of[1, 4, 2, 1, 1]
+    assert split["memory_gib_per_chip"]["decode view"] < 0.7 * whole["memory_gib_per_chip"]["decode view"]
 
 
 def test_a_machine_must_be_named():

@@ -1,6 +1,7 @@
 """Does a config fit a machine, and how fast could it be: compiled for a TPU with no TPU.
 
     python -m uae_jax.plan --config=FILE --topology=v5p:4x4x8 [--slices=2] [--json FILE] [--price_per_chip_hour=2.5]
+    python -m uae_jax.plan --config=FILE --topology=v5p:8x8x16 --nocompile
     python -m uae_jax.plan --config=FILE --topology=v5e:4x4 --sweep
     python -m uae_jax.plan --config=FILE --topology=h100:8
 
@@ -27,6 +28,7 @@ flags.DEFINE_string("topology", None, "the machine: v5e:4x4, v5p:4x4x8, v6e:16x1
 flags.DEFINE_integer("slices", 1, "how many of them, joined by the data center's network", flag_values=FLAGS)
 flags.DEFINE_string("json", "", "file to write the plan to", flag_values=FLAGS)
 flags.DEFINE_float("price_per_chip_hour", 0.0, "for the cost of 1,000 images, in its own currency", flag_values=FLAGS)
+flags.DEFINE_boolean("compile", True, "--nocompile: by arithmetic alone, in seconds", flag_values=FLAGS)
 flags.DEFINE_boolean("whole", False, "compile the step as one program, too, as runs do", flag_values=FLAGS)
 flags.DEFINE_boolean("sweep", False, "try meshes and microbatches, compile the best three", flag_values=FLAGS)
 CONFIG = config_flags.DEFINE_config_file(
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> None:
     from uae_jax.planning import report, search  # only now: jax reads its environment when it is imported
 
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
-    options = search.Options(name, FLAGS.whole, FLAGS.price_per_chip_hour)
+    options = search.Options(name, FLAGS.compile, FLAGS.whole, FLAGS.price_per_chip_hour)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

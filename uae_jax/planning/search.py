@@ -28,6 +28,7 @@ class Options(NamedTuple):
     """What the command line asks for besides config and machine."""
 
     name: str = ""  # of the config
+    compile: bool = True
     whole: bool = False  # compile the step as one program, too
     price: float = 0.0  # of a chip, an hour
 
@@ -130,7 +131,7 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
 def compiled(found: Plan, run: Abstract, parts: list[Phase], options: Options, say: Say) -> Plan:
     """The same plan after compiling."""
     topology = found.topology
-    if not topologies.compiles(topology) or sum(found.resident.values()) > topology.chip.hbm:
+    if not (options.compile and topologies.compiles(topology)) or sum(found.resident.values()) > topology.chip.hbm:
         return found
 
     def one(phase: Phase, work: Work) -> Result:
