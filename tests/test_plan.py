@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from configs import tiny
+from configs import janus_pro_1b, tiny
 from tests.tiny import changed
 from uae_jax import plan
 from uae_jax.errors import UserError
 from uae_jax.models.attention import splash
-from uae_jax.planning import compiler, flops, partitioned, roofline, topology
+from uae_jax.planning import compiler, flops, partitioned, roofline, table, topology
 
 ROOT = Path(__file__).parents[1]
 
@@ -344,6 +344,13 @@ def run(config, machine="cpu:8", sweep=False, **options):
     return report.as_text(found), report.as_json(found)
 
 
+def janus():
+    """configs/janus_pro_1b.py on eight devices, its weights nowhere."""
+    config = janus_pro_1b.get_config()
+    config.unlock()
+    return changed(config, {"data__batch_size": 8, "eval__batch_size": 8, "rl__rollout_microbatches": 2})
+
+
 def worker(folder):
     found = {
         "plan": run(small(), whole=True, price=2.0),
@@ -354,6 +361,7 @@ def worker(folder):
     }
     with mock.patch.object(topology, "compiles", return_value=False):
         found["gpu"] = run(small(), "h100:8")
+    found["janus"] = run(janus(), compile=False)
     memory = compiler.Memory(2.0**20, 0.0, 2.0**20, 0.0)
     with mock.patch.object(compiler, "compile_phase", return_value=compiler.Compiled(1.0, 2.0**20, memory, "", None)):
         found["sweep"] = run(small(rl__max_tokens=4), sweep=True)
@@ -459,6 +467,38 @@ def test_what_does_not_fit_exits_3(tmp_path):
     assert written < values["phases"]["sample"]["flops_per_chip"] < 1.2 * written
 
 
+def test_an_image_is_written_token_by_token(found):
+    """Janus-Pro-1B: 576 codes an image in both branches of guidance, by the language model's 1.2 billion weights."""
+    text, values = found["janus"]
+    assert "by arithmetic alone" in text and values["prompt_tokens_estimated"]
+    layers = 24 * (4 * 2048**2 + 3 * 2048 * 5632)
+    one = 2 * layers * 8 * 8 / 8
+    phases = values["phases"]
+    assert 255 * one < phases["sample"]["flops_per_chip"] < 1.6 * 255 * one
+    # Besides, attention to what has been written, the head of codes, the prompt, and the VQ decoder.
+    assert 2 * 575 * one < phases["redraw"]["flops_per_chip"] < 2 * 2 * 575 * one
+    assert values["memory_gib_per_chip"]["decode view"] > 2 * layers / 2**30
+    # Keys and values of both branches for 4 images of 8 captions on eight devices, prompt and image.
+    cache = 2 * 2 * 24 * 2048 * 2 * 4 * 8 / 8 * (576 + 256) / 2**30
+    assert cache < values["memory_gib_per_chip"]["cache"] < 1.2 * cache
+
+
+def test_the_table_of_plans(found, tmp_path, capsys):
+    files = [tmp_path / name for name in ("plan.json", "janus.json")]
+    for file in files:
+        file.write_text(json.dumps(found[file.stem][1] | {"config": file.stem}))
+    table.main(["table", *map(str, files)])
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == list(table.HEADER) and len(rows) == 4
+    compiled, reckoned = (dict(zip(table.HEADER, row, strict=True)) for row in rows[2:])
+    assert compiled["config"] == "plan" and compiled["fits"] == "yes" and reckoned["fits"] == "may"
+    assert reckoned["GiB a chip"].startswith("~ ") and not compiled["GiB a chip"].startswith("~")
+    assert float(compiled["PFLOP a step"]) == pytest.approx(8 * found["plan"][1]["flops_per_chip"] / 1e15, rel=0.01)
+    for arguments in ([], [str(tmp_path / "none.json")]):
+        with pytest.raises(UserError, match="plan"):
+            table.main(["table", *arguments])
+
+
 def test_gpus_by_arithmetic(found):
     text, values = found["gpu"]
     assert "not compiled" in text and values["collectives"] == []
@@ -525,3 +565,42 @@ def test_plans_for_a_tpu(tmp_path, batch, code):
     assert any("RESOURCE_EXHAUSTED" in message for message in messages) == (code == 3)
     if code == 3:
         assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"] == 15.75 and values["advice"]
+
+
+LAYERS = """
+from configs import uae_qwen2_5_vl_3b_sd3_5_large as real
+
+
+def get_config():
+    config = real.get_config()
+    config.unlock()
+    config.models.captioner.num_hidden_layers = 4
+    config.models.captioner.vision_config.depth = 4
+    config.models.captioner.vision_config.fullatt_block_indexes = (3,)
+    config.models.transformer.num_layers = 4
+    config.models.clip.text_config.num_hidden_layers = config.models.clip.vision_config.num_hidden_layers = 4
+    config.data.batch_size = config.eval.batch_size = 16
+    config.mesh.tensor = 2
+    config.rl.max_tokens = 64
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_four_layers_of_real_width_on_a_tpu(tmp_path):
+    """UAE's networks at their widths, four layers each, on 16 chips of v5e: what chips say to each other, and when."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    (tmp_path / "layers.py").write_text(LAYERS)
+    file = tmp_path / "plan.json"
+    done = process("-m", "uae_jax.plan", f"--config={tmp_path / 'layers.py'}", "--topology=v5e:4x4", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert all(phase["compiled"] and phase["unknown_loops"] == 0 for phase in values["phases"].values())
+    # In the token loop no weight is gathered: sums over tensor's pairs, of activations, and one bit over all chips.
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 63]
+    assert {c["kind"] for c in loop} <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    assert all(c["group"] == 2 for c in loop if c["bytes"] > 1)
+    # A chip does its share and no more: what the partitioner left it is near what the jaxpr asks for.
+    for name, phase in values["phases"].items():
+        assert phase["flops_per_chip_partitioned"] < 1.3 * phase["flops_per_chip"], name

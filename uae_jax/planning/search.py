@@ -137,6 +137,7 @@ def compiled(found: Plan, run: Abstract, parts: list[Phase], options: Options, s
     def one(phase: Phase, work: Work) -> Result:
         say(f"compiling {phase.name} for {topology}")
         made = compiler.compile_phase(phase)
+        say(f"{phase.name}: {compiler.gib(made.beyond_arguments):.2f} GiB a chip beside weights, {made.seconds:.0f} s")
         load = roofline.compiled_load(work, made, topology.chips, phase.times)
         return Result(phase.name, work, load, roofline.estimate(load, topology.chip), made)
 

@@ -12,7 +12,8 @@ from uae_jax import runtime
 from uae_jax.errors import UserError
 
 HEADER = (
-    "config", "topology", "chips", "mesh", "images", "fits", "GiB a chip", "PFLOP a step", "s a step", "bound", "images/s",
+    "config", "topology", "chips", "mesh", "images", "fits", "GiB a chip", "PFLOP a step", "s a step", "s, bound",
+    "images/s",
 )  # fmt: skip
 
 
