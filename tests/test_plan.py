@@ -361,7 +361,7 @@ def worker(folder):
     }
     with mock.patch.object(topology, "compiles", return_value=False):
         found["gpu"] = run(small(), "h100:8")
-    found["janus"] = run(janus(), compile=False)
+    found["janus"] = run(janus(), parts=())
     memory = compiler.Memory(2.0**20, 0.0, 2.0**20, 0.0)
     with mock.patch.object(compiler, "compile_phase", return_value=compiler.Compiled(1.0, 2.0**20, memory, "", None)):
         found["sweep"] = run(small(rl__max_tokens=4), sweep=True)

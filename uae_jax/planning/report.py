@@ -169,6 +169,8 @@ def notes(plan: Plan) -> list[str]:
     lines = ["exact: weights, trained parameters and optimizer on a chip (their shapes and layout)"]
     chips = plan.topology.chips
     if plan.compiled:
+        if left := [part.name for part in plan.parts if not part.compiled]:
+            lines.append(f"not compiled, by arithmetic alone, and not in the peak: {', '.join(left)}")
         compiler = "XLA's CPU compiler" if plan.topology.chip.platform == "cpu" else "the machine's own compiler"
         lines.append(f"measured by {compiler}: temporaries, collectives and their sizes, whether it fits")
         if plan.whole is None:

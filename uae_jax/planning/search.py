@@ -28,7 +28,7 @@ class Options(NamedTuple):
     """What the command line asks for besides config and machine."""
 
     name: str = ""  # of the config
-    compile: bool = True
+    parts: tuple[str, ...] = ("sample", "redraw", "score", "update")  # to compile
     whole: bool = False  # compile the step as one program, too
     price: float = 0.0  # of a chip, an hour
 
@@ -131,7 +131,7 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
 def compiled(found: Plan, run: Abstract, parts: list[Phase], options: Options, say: Say) -> Plan:
     """The same plan after compiling."""
     topology = found.topology
-    if not (options.compile and topologies.compiles(topology)) or sum(found.resident.values()) > topology.chip.hbm:
+    if not topologies.compiles(topology) or sum(found.resident.values()) > topology.chip.hbm:
         return found
 
     def one(phase: Phase, work: Work) -> Result:
@@ -141,7 +141,10 @@ def compiled(found: Plan, run: Abstract, parts: list[Phase], options: Options, s
         load = roofline.compiled_load(work, made, topology.chips, phase.times)
         return Result(phase.name, work, load, roofline.estimate(load, topology.chip), made)
 
-    results = [one(phase, before.work) for phase, before in zip(parts, found.parts, strict=True)]
+    results = [
+        one(phase, before.work) if phase.name in options.parts else before
+        for phase, before in zip(parts, found.parts, strict=True)
+    ]
     whole = None
     if options.whole:
         total = functools.reduce(Work.plus, (part.work for part in results))
