@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     tokens: int  # a step, if all captions are as long as they may be
     resident: dict[str, float]  # bytes a chip that stay through the step: weights, trained, optimizer
     batch: float  # bytes a chip of what phases hand on
-    held: dict[str, float]  # bytes a chip inside temporaries: cache, decode view
+    writing: str  # the phase with the token loop that holds most
+    held: dict[str, float]  # bytes a chip inside its temporaries: cache, decode view
     parts: list[Result]
     whole: Result | None  # the step as one program
     stand_in: bool
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
             return self.whole.name, program.arguments + program.beyond_arguments
         fixed = sum(self.resident.values()) + self.batch
         peaks = [(part.name, fixed + part.compiled.beyond_arguments) for part in self.parts if part.compiled]
-        floor = ("sample", fixed + sum(self.held.values()))
+        floor = (self.writing, fixed + sum(self.held.values()))
         return max(peaks, key=lambda peak: peak[1]) if peaks else floor
 
     @property
@@ -87,22 +88,23 @@ def advice(plan: Plan) -> list[str]:
             "train adapters (config.lora.rank) or a smaller config.trainable",
             "config.dtype=bfloat16",
         ]
+    rollout = "a larger config.rl.rollout_microbatches (with a batch that still divides over the chips)"
     by_phase = {
-        "sample": ["a smaller config.data.batch_size, config.rl.group_size or config.rl.max_tokens: the cache shrinks"],
-        "redraw": ["config.redraw.two_passes=True", "config.redraw.slice_vae=True", "a smaller config.data.batch_size"],
-        "score": ["a smaller config.data.batch_size or config.rl.group_size", "fewer towers in config.monitor"],
+        "sample": [rollout, "a smaller config.data.batch_size, config.rl.group_size or config.rl.max_tokens"],
+        "redraw": [rollout, "config.redraw.slice_vae=True", "config.redraw.two_passes=True"],
+        "score": [rollout, "fewer towers in config.monitor"],
         "update": [
             "a larger config.rl.microbatches (with a batch that still divides over the chips)",
             "a smaller config.rl.logit_chunk",
-            "config.remat=True",
+            "config.remat=full",
         ],
     }
     name = plan.largest[0]
-    if name == "sample" and plan.held["decode view"] > 0.5 * hbm:
+    if name == plan.writing and plan.held["decode view"] > 0.5 * hbm:
         return [
-            "the token loop reads a whole copy of the captioner on every chip, "
-            f"{gib(plan.held['decode view']):.1f} GiB: chips with more memory, or a smaller captioner",
-            *by_phase["sample"],
+            f"the token loop reads {gib(plan.held['decode view']):.1f} GiB of the captioner's weights on every chip: "
+            "raise config.mesh.tensor, or use chips with more memory",
+            *by_phase[name],
         ]
     return [*by_phase.get(name, [words for part in by_phase.values() for words in part]), fsdp]
 
@@ -221,7 +223,7 @@ def as_text(plan: Plan) -> str:
     ]
     rows = [["GiB a chip", ""]] + [[part, f"{gib(size):.3f}"] for part, size in plan.resident.items()]
     rows += [["batch", f"{gib(plan.batch):.3f}"]]
-    rows += [[f"{part} (in temporaries of sample)", f"{gib(size):.3f}"] for part, size in plan.held.items()]
+    rows += [[f"{part} (in temporaries of {plan.writing})", f"{gib(size):.3f}"] for part, size in plan.held.items()]
     text += [columns(rows), "", columns(_phase_rows(plan)), ""]
     failed = [part for part in (*plan.parts, plan.whole) if part and part.compiled and part.compiled.memory is None]
     text += [f"{part.name}: the compiler says: {part.compiled.message}" for part in failed if part.compiled]

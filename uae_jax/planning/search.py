@@ -103,7 +103,10 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
             work, layout, name in ("sample", "update") or bool(work.held), name == "update", tokens[name] * a_token
         )
         results.append(Result(name, work, load, roofline.estimate(load, topology.chip), None))
-    sample = max(found.work.values(), key=lambda work: work.held + work.carried / shape)
+    # Key heads that tensor does not divide are cached by all its chips.
+    copies = 1 if model.config.text.num_kv_heads % layout.tensor == 0 else layout.tensor
+    memory = {name: (work.carried * copies / shape, work.held * layout.share) for name, work in found.work.items()}
+    writing = max(memory, key=lambda name: sum(memory[name]))
     return Plan(
         config_name=options.name,
         topology=topology,
@@ -116,11 +119,8 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
             "optimizer": abstract.bytes_per_chip((state.opt_state, state.ema)),
         },
         batch=found.handed_on,
-        held={
-            # A chip's part of a rollout's microbatch.
-            "cache": sample.carried * layout.tensor / shape,
-            "decode view": sample.held * layout.share,
-        },
+        writing=writing,
+        held=dict(zip(("cache", "decode view"), memory[writing], strict=True)),
         parts=results,
         whole=None,
         stand_in=run.stand_in,
