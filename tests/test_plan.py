@@ -474,7 +474,8 @@ def test_an_image_is_written_token_by_token(found):
     layers = 24 * (4 * 2048**2 + 3 * 2048 * 5632)
     one = 2 * layers * 8 * 8 / 8
     phases = values["phases"]
-    assert 255 * one < phases["sample"]["flops_per_chip"] < 1.6 * 255 * one
+    # Besides, the prompt with its 576 features, the vision tower, the head of words, and attention.
+    assert 255 * one < phases["sample"]["flops_per_chip"] < 2 * 255 * one
     # Besides, attention to what has been written, the head of codes, the prompt, and the VQ decoder.
     assert 2 * 575 * one < phases["redraw"]["flops_per_chip"] < 2 * 2 * 575 * one
     assert values["memory_gib_per_chip"]["decode view"] > 2 * layers / 2**30
@@ -491,7 +492,7 @@ def test_the_table_of_plans(found, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == list(table.HEADER) and len(rows) == 4
     compiled, reckoned = (dict(zip(table.HEADER, row, strict=True)) for row in rows[2:])
-    assert compiled["config"] == "plan" and compiled["fits"] == "yes" and reckoned["fits"] == "may"
+    assert compiled["config"] == "plan" and compiled["fits"] == "yes" and reckoned["fits"] == "no"
     assert reckoned["GiB a chip"].startswith("~ ") and not compiled["GiB a chip"].startswith("~")
     assert float(compiled["PFLOP a step"]) == pytest.approx(8 * found["plan"][1]["flops_per_chip"] / 1e15, rel=0.01)
     for arguments in ([], [str(tmp_path / "none.json")]):
@@ -528,9 +529,9 @@ def test_sweep_ranks_and_compiles_three(found):
     compiled = [all(phase["compiled"] for phase in t["phases"].values()) for t in tried]
     assert compiled == [True] * 3 + [False] * (len(tried) - 3)
     assert np.all(np.diff([t["seconds_estimate"] for t in tried[3:] if t["fits"]]) >= 0)
-    # Twice the microbatches: a cache of half the size, weights read twice.
+    # Four times the microbatches: a cache of a quarter of the size, weights read so often.
     of = {(*key, t["rl.rollout_microbatches"], t["rl.microbatches"]): t for key, t in zip(keys, tried, strict=True)}
-    one, two = of[8, 1, 1, 1, 4], of[8, 1, 1, 4, 4]
+    one, two = of[2, 4, 1, 1, 4], of[2, 4, 1, 4, 4]
     assert one["memory_gib_per_chip"]["cache"] == 4 * two["memory_gib_per_chip"]["cache"] > 0
     read = [x["phases"]["sample"]["bytes_per_chip"]["hbm"] for x in (one, two)]
     assert read[0] < read[1] < 4 * read[0]
