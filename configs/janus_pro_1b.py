@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from configs import local
 from configs.qwen2_5_vl_3b import REQUEST
+from configs.uae_qwen2_5_vl_3b_sd3_5_large import CLIP
 from uae_jax import config as base
 
 
@@ -108,7 +109,7 @@ def get_config(size: str = "") -> ConfigDict:
     """
     config = base.default()
     config.unlock()
-    config.models = ConfigDict({"janus": model(width=2048, intermediate=5632, layers=24, heads=16)})
+    config.models = ConfigDict({"janus": model(width=2048, intermediate=5632, layers=24, heads=16), "clip": CLIP})
     config.weights = "weights/janus_pro_1b"
     config.dtype = "bfloat16"
 

@@ -33,6 +33,6 @@ def get_config(size: str = "") -> ConfigDict:
     """
     config = janus_pro_1b.get_config()
     config.unlock()
-    config.models = ConfigDict({"janus": janus_pro_1b.model(width=4096, intermediate=11008, layers=30, heads=32)})
+    config.models.janus = ConfigDict(janus_pro_1b.model(width=4096, intermediate=11008, layers=30, heads=32))
     config.weights = "weights/janus_pro_7b"
     return local.shrunk(config) if size == "runlocal" else config.lock()

@@ -276,11 +276,11 @@ def batch_axes(
     return best
 
 
-def leading_axes(mesh: Mesh | AbstractMesh, batch: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+def leading_axes(mesh: Mesh | AbstractMesh, batch: tuple[int, ...], spare: bool = True) -> tuple[tuple[str, ...], ...]:
     """The axes that split the last two of an activation's leading axes, b and g, or its only one, b."""
     if not batch:
         return ()
-    return batch_axes(mesh, batch[-2], batch[-1], spare=True) if len(batch) > 1 else batch_axes(mesh, batch[0])[:1]
+    return batch_axes(mesh, batch[-2], batch[-1], spare) if len(batch) > 1 else batch_axes(mesh, batch[0])[:1]
 
 
 def under(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,17 +296,24 @@ def under(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def batch_kept(x: jax.Array) -> jax.Array:
-    """An activation [..., t, d] of a block whose weights tensor does not split, kept split along its batch axes.
+def batch_kept(x: jax.Array, inner: int = 2, spare: bool = True) -> jax.Array:
+    """An activation [..., t, d] kept split along its batch axes.
 
     Without it the partitioner may leave the weights where fsdp stores them, and work on the whole batch everywhere. The
     mesh is the one in context; without one nothing is done.
+
+    Args:
+      inner: number of axes behind the batch's, of which last ones of size 1 do not count.
+      spare: see `batch_axes`; False in blocks whose weights tensor splits.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    axes = leading_axes(mesh, x.shape[:-2])
-    spec = P(*[None] * (x.ndim - 2 - len(axes)), *axes, P.UNCONSTRAINED, P.UNCONSTRAINED)
+    batch = x.shape[: x.ndim - inner]
+    while len(batch) > 1 and batch[-1] == 1:
+        batch = batch[:-1]
+    axes = leading_axes(mesh, batch, spare)
+    spec = P(*[None] * (len(batch) - len(axes)), *axes, *[P.UNCONSTRAINED] * (x.ndim - len(batch)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 

@@ -1,6 +1,7 @@
 """Puts a system together from a folder of weights: networks, prompts, towers, and the frozen parameters."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +90,17 @@ def captioner_folder(config: Any) -> Path:
     return where / (JANUS if (where / JANUS).is_dir() else "captioner")
 
 
-def load(config: Any, mesh: jax.sharding.Mesh) -> System:
+# (folder, mesh, compute type) -> a model, as `folder.load_model`.
+Read = Callable[[Path, Any, Any], folder.Model]
+
+
+def load(config: Any, mesh: jax.sharding.Mesh, read: Read = folder.load_model) -> System:
     """Reads all models that `config` needs from its folder of weights and places them on the mesh.
 
     A folder with `janus/` in it is of the autoregressive family, any other of the diffusion family.
+
+    Args:
+      read: gives each model; a plan gives shapes instead of weights.
 
     Raises:
       UserError: a folder or a tensor is missing or does not fit, or a reward names no tower.
@@ -100,7 +108,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
     where, dtype = weights_folder(config), jnp.dtype(config.dtype)
     source = captioner_folder(config)
     # Frozen weights are read in the compute type only, so they are kept in it.
-    captioner = folder.load_model(source, mesh, dtype)
+    captioner = read(source, mesh, dtype)
     tokenizer = load_tokenizer(source)
     frozen: Params = {}
     modules: diffusion.Modules | Janus
@@ -109,7 +117,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
         captioner = captioner._replace(config=captioner.config.with_tokens(tokenizer.token_to_id))
         modules = Janus(captioner.config, dtype, config.remat)
     else:
-        drawn_by, frozen = load_decoder(where, config, mesh)
+        drawn_by, frozen = load_decoder(where, config, mesh, read)
         modules = diffusion.Modules(Qwen2_5_VL(captioner.config, dtype, config.remat), *drawn_by)
         if modules.projector.config.in_size != captioner.config.text.hidden_size:
             raise UserError(
@@ -117,7 +125,7 @@ def load(config: Any, mesh: jax.sharding.Mesh) -> System:
                 f"captioner's have {captioner.config.text.hidden_size}: they are not of one system"
             )
     frozen["start"] = captioner.params
-    return complete(config, mesh, modules, captioner.config, tokenizer, frozen)
+    return complete(config, mesh, modules, captioner.config, tokenizer, frozen, read)
 
 
 def complete(
@@ -127,12 +135,14 @@ def complete(
     sizes: Any,
     tokenizer: Tokenizer,
     frozen: Params,
+    read: Read = folder.load_model,
 ) -> System:
     """A family's networks with the prompts, towers and judge that `config` names, read from `towers_folder`.
 
     Args:
       sizes: config of the model that captions.
       frozen: what the family needs; see its `build`.
+      read: see `load`.
 
     Raises:
       UserError: see `load`.
@@ -142,13 +152,13 @@ def complete(
     for name in rewards.tower_names(config):
         if not (towers / name).is_dir():
             raise UserError(f"config.reward or config.monitor names {name!r}, but {towers / name} does not exist")
-        tower_models[name] = folder.load_model(towers / name, mesh, dtype)
+        tower_models[name] = read(towers / name, mesh, dtype)
     placed = {"start": sizes, "encoder": sizes}
     placed |= {f"towers/{name}": model.config for name, model in tower_models.items()}
     frozen = frozen | {"towers": {name: model.params for name, model in tower_models.items()}}
     judge, automaton = None, None
     if config.data.source == "shapes":
-        model = folder.load_model(towers / "judge", mesh)
+        model = read(towers / "judge", mesh, np.float32)
         judge, frozen["judge"] = CellClassifier(model.config), model.params
         placed["judge"] = model.config
         automaton = rewards.Automaton(*grammar.automaton(tokenizer))
@@ -179,7 +189,9 @@ class Decoder(NamedTuple):
     scheduler: schedulers.Scheduler | None
 
 
-def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
+def load_decoder(
+    where: Path, config: Any, mesh: jax.sharding.Mesh, read: Read = folder.load_model
+) -> tuple[Decoder, Params]:
     """Projector, transformer and, where their folders exist, vae and scheduler of a folder of weights.
 
     Returns:
@@ -204,7 +216,7 @@ def load_decoder(where: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[Dec
                 else f"{wanted} is wanted there"
             )
             raise UserError(f"{where / name} holds a {kind or 'nameless model'}, but {wanted}")
-        parts[name] = folder.load_model(where / name, mesh, dtype)
+        parts[name] = read(where / name, mesh, dtype)
     model = decoder.transformer(parts["transformer"].config, dtype, config.remat)
     vae = AutoencoderKL(parts["vae"].config, dtype) if "vae" in parts else None
     projector = Projector(parts["projector"].config, dtype)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from uae_jax.sharding import batch_kept
+
 Cache = Any
 
 
@@ -177,14 +179,18 @@ def log_probs(
         x = jnp.pad(x, pad)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
 
+    axis = actions.ndim - 1
+
     @jax.checkpoint
     def score(_, xs):
         hidden, actions = xs
-        log_p = tempered(head(hidden), allowed, temperature)
+        inner = hidden.ndim - axis
+        # Else the partitioner may gather the logits of the whole batch.
+        logits = batch_kept(head(batch_kept(hidden, inner, spare=False)), spare=False)
+        log_p = tempered(logits, allowed, temperature)
         picked = jnp.take_along_axis(log_p, actions[..., None], axis=-1)[..., 0]
         # Padding holds token 0, which may not be allowed; -inf there would turn a gradient of 0 into NaN.
         return None, jnp.where(allowed[actions], picked, 0.0)
 
-    axis = actions.ndim - 1
     _, picked = jax.lax.scan(score, None, (split(hidden, axis), split(actions, axis)))
     return jnp.moveaxis(picked, 0, axis).reshape(*actions.shape[:-1], count * chunk)[..., :t]

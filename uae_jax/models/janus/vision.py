@@ -9,6 +9,7 @@ from uae_jax.models import rematerialised, vit
 from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
 from uae_jax.models.janus.config import VisionConfig
+from uae_jax.sharding import batch_kept
 
 
 class MLP(nn.Module):
@@ -34,7 +35,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        c = self.config
+        c, x = self.config, batch_kept(x)
         # Query, key and value lie on a leading axis, so that one matrix of all three and three matrices are both views.
         project = nn.vmap(
             Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=3

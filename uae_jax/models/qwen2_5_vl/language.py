@@ -17,6 +17,7 @@ from uae_jax.models import rematerialised
 from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
 from uae_jax.models.qwen2_5_vl.config import TextConfig
+from uae_jax.sharding import batch_kept
 
 
 @flax.struct.dataclass
@@ -148,7 +149,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Cache | None, angles: jax.Array, mask: jax.Array, index: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
-        c = self.config
+        c, x = self.config, batch_kept(x, spare=False)
         y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         y, new = SelfAttention(c, self.dtype, name="self_attn")(y, cache, angles, mask, index)
         x = x + y

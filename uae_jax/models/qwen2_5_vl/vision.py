@@ -17,6 +17,7 @@ from uae_jax.models.attention import attention
 from uae_jax.models.dense import Dense
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
 from uae_jax.models.qwen2_5_vl.language import RMSNorm, SwiGLU, inverse_frequencies, rotate
+from uae_jax.sharding import batch_kept
 
 ROPE_THETA = 10000.0
 
@@ -52,7 +53,7 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        c = self.config
+        c, x = self.config, batch_kept(x, spare=False)
         x = x + VisionAttention(c.num_heads, self.dtype, name="attn")(RMSNorm(name="norm1")(x), angles, mask)
         mlp = SwiGLU(c.intermediate_size, use_bias=True, dtype=self.dtype, name="mlp")
         return x + mlp(RMSNorm(name="norm2")(x)), None

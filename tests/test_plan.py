@@ -1,0 +1,607 @@
+"""`uae_jax.plan`: counts against hand counts, HLO as the partitioner writes it, and whole plans for virtual devices."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from configs import janus_pro_1b, tiny
+from tests.tiny import changed
+from uae_jax import plan
+from uae_jax.errors import UserError
+from uae_jax.models.attention import splash
+from uae_jax.planning import compiler, flops, partitioned, roofline, table, topology
+
+ROOT = Path(__file__).parents[1]
+
+# ---- machines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, slices, chips",
+    [("v5e:4x4", 1, 16), ("v5p:4x4x8", 1, 128), ("v6e:16x16", 4, 1024), ("h100:8", 1, 8), ("h200:1", 1, 1)],
+)
+def test_topologies(name, slices, chips):
+    found = topology.parse(name, slices)
+    assert found.chips == chips and found.slices == slices
+    assert found.chip.hbm < found.chip.hbm_bandwidth and found.chip.dcn < found.chip.ici < found.chip.hbm_bandwidth
+
+
+@pytest.mark.parametrize(
+    "name, slices",
+    [
+        *((name, 1) for name in ("v5e", "v5e:", "v9z:4x4", "v5e:4x4x4", "v5p:4x4", "h100:2x4", "v5e:0x4", "v5e:4x-4")),
+        ("v5e:4x4", 0),
+        ("h100:8", 2),
+        ("h100:12", 1),
+        ("v5p:64x64x64", 1),
+    ],
+)
+def test_no_such_topology(name, slices):
+    with pytest.raises(UserError, match=r"--(topology|slices)="):
+        topology.parse(name, slices)
+
+
+# ---- FLOPs on the jaxpr ----------------------------------------------------------------------------------------------
+
+
+def test_kernels_and_what_devices_do_each_for_themselves():
+    """A shard_map's body is one device's part; a Pallas kernel runs once a cell of its grid, and hides no FLOPs."""
+    mesh = jax.sharding.AbstractMesh((4, 2), ("b", "c"))
+    spec = jax.sharding.PartitionSpec(("b", "c"))
+    split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec)
+    assert count(split, (16, 5), (5, 7), with_batch=[True, False]).split_flops == 2 * 16 * 5 * 7
+
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    tiled = pl.pallas_call(
+        kernel,
+        grid=(4, 3),
+        in_specs=[pl.BlockSpec((8, 16), lambda i, j: (i, 0)), pl.BlockSpec((16, 8), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((8, 8), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((32, 24), jnp.float32),
+    )
+    found = count(tiled, (32, 16), (16, 24))
+    assert found.split_flops == 2 * 32 * 16 * 24 and found.split_bytes == 4 * (32 * 16 + 16 * 24 + 32 * 24)
+
+
+def test_splash_attention_is_counted():
+    """Two products of [t, h] by [h, s] a head, whole blocks of heads padded to 128 channels."""
+    b, t, n, h = 2, 512, 2, 128
+    q = jax.ShapeDtypeStruct((b, t, n, h), jnp.bfloat16)
+    seen = jax.ShapeDtypeStruct((b, t), jnp.bool_)
+    jaxpr = jax.make_jaxpr(lambda q, k, v, seen: splash(q, k, v, seen, scale=1.0))(q, q, q, seen)
+    found = flops.count(jaxpr, [True] * 4, flops.Known(1))
+    assert found.split_flops == pytest.approx(4 * b * n * t * t * h, rel=0.02)
+
+
+def count(function, *shapes, with_batch=None, trips=1, rows=(), dtype=jnp.float32):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    known = flops.Known(trips, frozenset(rows))
+    return flops.count(jax.make_jaxpr(function)(*arguments), with_batch or [True] * len(shapes), known)
+
+
+def test_products():
+    """2 m n k of each, times the batch; a convolution by its kernel."""
+    assert count(lambda a, b: a @ b, (3, 5), (5, 7)).split_flops == 2 * 3 * 5 * 7
+    assert count(lambda a, b: jnp.einsum("bik,bkj->bij", a, b), (2, 3, 5), (2, 5, 7)).split_flops == 2 * 2 * 3 * 5 * 7
+    strided = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert count(strided, (4, 8, 8, 3), (2, 2, 3, 6)).split_flops == 2 * (4 * 4 * 4 * 6) * (2 * 2 * 3)
+    assert count(lambda a, b: a @ b, (3, 5), (5, 7)).split_bytes == 4 * (15 + 35 + 21)
+    assert count(lambda a, b: a @ b, (3, 5), (5, 7), dtype=jnp.bfloat16).split_bytes == 2 * (15 + 35 + 21)
+
+
+def test_weights_are_told_from_the_batch():
+    """Operands without a batch count whole on every chip; products of such, too."""
+    found = count(lambda w, v, x: x @ (w @ v), (5, 7), (7, 11), (3, 5), with_batch=[False, False, True])
+    assert found.whole_flops == 2 * 5 * 7 * 11 and found.split_flops == 2 * 3 * 5 * 11
+    assert found.whole_bytes == 4 * (35 + 77 + 55) + 4 * 55 and found.split_bytes == 4 * (15 + 33)
+    assert found.flops(4) == found.split_flops / 4 + found.whole_flops
+
+
+def test_constants_repeated_along_the_batch_are_split_with_it():
+    """As a noise level is, for every row of the batch and for both branches of guidance."""
+
+    def embedded(w, level):
+        return jnp.broadcast_to(level, (2, 3, 4, 5)) @ w
+
+    arguments = {"with_batch": [False, False]}
+    assert count(embedded, (5, 7), (5,), **arguments).whole_flops == 2 * 24 * 5 * 7
+    found = count(embedded, (5, 7), (5,), rows=[(3, 4)], **arguments)
+    assert found.split_flops == 2 * 24 * 5 * 7 and found.whole_flops == 0
+
+
+def test_loops_count_as_often_as_they_run():
+    once = 2 * 4 * 8 * 8
+
+    def scanned(x, ws):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+
+    assert count(scanned, (4, 8), (6, 8, 8)).split_flops == 6 * once
+
+    def nested(x, ws):
+        return jax.lax.scan(lambda x, _: (jax.jit(scanned)(x, ws), None), x, None, length=5)[0]
+
+    assert count(nested, (4, 8), (6, 8, 8)).split_flops == 30 * once
+
+    def until(x, w):
+        return jax.lax.while_loop(lambda x: (x @ w).sum() < 1, lambda x: x @ w @ w, x)
+
+    found = count(until, (4, 8), (8, 8), with_batch=[True, False], trips=7)
+    assert found.split_flops == 7 * 2 * once + 8 * once
+    assert found.carried == 4 * 32 and found.held == 2 * 4 * 64
+
+    def branched(x, w):
+        return jax.lax.cond(x.sum() > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    assert count(branched, (4, 8), (8, 8)).split_flops == 2 * once
+
+
+def test_what_a_loop_carries_becomes_batch():
+    """A carry that starts without a batch and gets one counts as one, in all rounds."""
+
+    def function(w, x):
+        return jax.lax.scan(lambda c, _: (c @ w + x, None), jnp.zeros((4, 8)), None, length=3)[0]
+
+    found = count(function, (8, 8), (4, 8), with_batch=[False, True])
+    assert found.split_flops == 3 * 2 * 4 * 8 * 8 and found.whole_flops == 0
+
+
+def test_remat_counts_as_executed():
+    """Forward, and backward with two products each; recomputing adds the forward ones whose results it needs."""
+    once = 2 * 4 * 8 * 8
+
+    def layers(block):
+        return lambda x, ws: jax.lax.scan(lambda x, w: (block(x, w), None), x, ws)[0].sum()
+
+    def block(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    plain = count(jax.grad(layers(block), argnums=1), (4, 8), (6, 8, 8)).split_flops
+    recomputed = count(jax.grad(layers(jax.checkpoint(block)), argnums=1), (4, 8), (6, 8, 8)).split_flops
+    assert plain == 6 * (2 + 4) * once
+    assert recomputed == 6 * (2 + 4 + 2) * once
+
+
+# ---- the partitioned program -----------------------------------------------------------------------------------------
+
+HLO = """HloModule jit_f, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], bf16[4,64], bf16[64,32])) -> (s32[], bf16[4,64], bf16[64,32]) {
+  %p = (s32[], bf16[4,64]{1,0}, bf16[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = bf16[4,64]{1,0} get-tuple-element(%p), index=1
+  %w = bf16[64,32]{1,0} get-tuple-element(%p), index=2
+  %all-gather = bf16[64,64]{1,0} all-gather(%w), channel_id=1, replica_groups=GATHERED, dimensions={1}
+  %dot = bf16[4,64]{1,0} dot(%x, %all-gather), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], bf16[4,64]{1,0}, bf16[64,32]{1,0}) tuple(%next, %dot, %w)
+}
+
+%cond (p.1: (s32[], bf16[4,64], bf16[64,32])) -> pred[] {
+  %p.1 = (s32[], bf16[4,64]{1,0}, bf16[64,32]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %limit = s32[] constant(9)
+  %lt = pred[] compare(%i.1, %limit), direction=LT
+  %done = pred[] custom-call(%i.1), custom_call_target="done"
+  %every = pred[] all-reduce(%done), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %go = pred[] and(%lt, %every)
+}
+
+ENTRY %main (x.2: bf16[4,64], w.2: bf16[64,32]) -> f32[] {
+  %x.2 = bf16[4,64]{1,0} parameter(0)
+  %w.2 = bf16[64,32]{1,0} parameter(1)
+  %first = s32[] constant(START)
+  %start = (s32[], bf16[4,64]{1,0}, /*index=2*/bf16[64,32]{1,0}) tuple(%first, %x.2, %w.2)
+  %loop = (s32[], bf16[4,64]{1,0}, bf16[64,32]{1,0}) while(%start), condition=%cond, body=%body
+  %y = bf16[4,64]{1,0} get-tuple-element(%loop), index=1
+  %zero = f32[] constant(0)
+  %f = f32[4,64]{1,0} convert(%y)
+  %sum = f32[] reduce(%f, %zero), dimensions={0,1}, to_apply=%add
+  ROOT %total = f32[] all-reduce(%sum), channel_id=3, replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""
+
+
+def read(start=0, gathered="[4,2]<=[8]", slice_size=8, step=1):
+    text = HLO.replace("START", str(start)).replace("GATHERED", gathered).replace("constant(1)", f"constant({step})")
+    return partitioned.read(text, lambda partition: partition // slice_size, 8)
+
+
+@pytest.mark.parametrize("start, step, rounds", [(0, 1, 9), (3, 1, 6), (0, 2, 5), (3, 2, 3)])
+def test_reads_loops_and_collectives(start, step, rounds):
+    found = read(start, step=step)
+    assert found.flops == rounds * 2 * 4 * 64 * 64 and found.unknown_loops == 0
+    assert found.bytes == rounds * 2 * (4 * 64 + 64 * 64 + 4 * 64)
+    inside = {(c.kind, c.depth): c for c in found.collectives}
+    gather, every, total = inside["all-gather", 1], inside["all-reduce", 1], inside["all-reduce", 0]
+    assert (gather.count, gather.executed, gather.bytes, gather.group) == (1, rounds, 2 * 64 * 64, 2)
+    assert gather.received == rounds * 2 * 64 * 64 / 2
+    assert (every.executed, every.bytes, every.group) == (rounds, 1, 8)
+    assert total.executed == 1 and total.received == 2 * 4 * 7 / 8
+    assert gather.received_dcn == 0
+
+
+def test_a_loop_without_a_counter_is_reported():
+    found = partitioned.read(HLO.replace("direction=LT", "direction=NE").replace("START", "0"), lambda _: 0, 8)
+    assert found.unknown_loops == 1 and found.flops == 2 * 4 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    "notation, expected",
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups={}, to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_groups(notation, expected):
+    assert sorted(partitioned.groups(f"), channel_id=1, {notation}, dimensions={{0}}", 8)) == sorted(expected)
+
+
+def test_what_crosses_slices():
+    """Two slices of four: a gather inside one stays there, one across brings each chip its share of what is missing."""
+    assert {c.slices for c in read(gathered="[4,2]<=[8]", slice_size=4).collectives if c.kind == "all-gather"} == {1}
+    across = next(c for c in read(gathered="[1,8]<=[8]", slice_size=4).collectives if c.kind == "all-gather")
+    assert across.slices == 2
+    assert across.received_dcn == 9 * (2 * 64 * 64 / 2) / 4 and across.received == 9 * 2 * 64 * 64 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("all-gather", 3 / 4),
+        ("all-reduce", 2 * 3 / 4),
+        ("reduce-scatter", 3),
+        ("all-to-all", 3 / 4),
+        ("collective-permute", 1),
+    ],
+)
+def test_bytes_received(kind, expected):
+    assert partitioned.received(kind, 1024.0, 4) == 1024 * expected
+
+
+# ---- memory and time -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message, arguments, expected",
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (20.12G) exceeds available HBM (15.75G). HLO module: jit__lambda.",
+            2**30,
+            20.12 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 2**30, 19.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: something else", 2**30, 0.0),
+    ],
+)
+def test_reads_the_compilers_message(message, arguments, expected):
+    assert compiler.beyond_arguments(message, arguments) == pytest.approx(expected)
+    failed = compiler.Compiled(1.0, arguments, None, message, None)
+    assert failed.beyond_arguments == pytest.approx(expected)
+
+
+def test_the_slowest_resource_is_the_time():
+    chip = topology.CHIPS["cpu"]
+    load = roofline.Load(flops=2e11, hbm=1e10, ici=1e8, dcn=5e8)
+    found = roofline.estimate(load, chip)
+    assert found == roofline.Estimate(2.0, 1.0, 0.1, 5.0)
+    assert found.seconds == 5.0 and found.bound == "dcn"
+    assert roofline.estimate(load._replace(dcn=0.0), chip).bound == "compute"
+
+
+# ---- whole plans, in a process of their own with eight virtual devices -----------------------------------------------
+
+
+def small(**changes):
+    """configs/tiny.py, briefer; `changes` are dotted fields with '__' for dots."""
+    config = tiny.get_config()
+    config.unlock()
+    fields = {"rl__group_size": 2, "rl__max_tokens": 8, "data__batch_size": 16, "mesh__data": 2, "mesh__fsdp": 4}
+    return changed(config, fields | {"eval__batch_size": 16} | changes)
+
+
+def run(config, machine="cpu:8", sweep=False, **options):
+    """Text and JSON of a plan (of all candidates of a sweep), or the error."""
+    from uae_jax.planning import report, search
+
+    call = search.sweep if sweep else search.plan
+    try:
+        found = call(config, topology.parse(machine), search.Options(**options), lambda line: None)
+    except UserError as error:
+        return str(error), None
+    if sweep:
+        values = [candidate.changes | report.as_json(candidate.plan) for candidate in found]
+        return report.columns(report.ranking(found, 12)), values
+    return report.as_text(found), report.as_json(found)
+
+
+def janus():
+    """configs/janus_pro_1b.py on eight devices, its weights nowhere."""
+    config = janus_pro_1b.get_config()
+    config.unlock()
+    return changed(config, {"data__batch_size": 8, "eval__batch_size": 8, "rl__rollout_microbatches": 2})
+
+
+def worker(folder):
+    found = {
+        "plan": run(small(), whole=True, price=2.0),
+        "stage": run(small(stage="tower")),
+        "sizes": run(small(weights=f"{folder}/none")),
+        "batch": run(small(data__batch_size=3)),
+        "devices": run(small(), "cpu:16"),
+    }
+    with mock.patch.object(topology, "compiles", return_value=False):
+        found["gpu"] = run(small(), "h100:8")
+    found["janus"] = run(janus(), parts=())
+    memory = compiler.Memory(2.0**20, 0.0, 2.0**20, 0.0)
+    with mock.patch.object(compiler, "compile_phase", return_value=compiler.Compiled(1.0, 2.0**20, memory, "", None)):
+        found["sweep"] = run(small(rl__max_tokens=4), sweep=True)
+    (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+LARGE = """
+from configs import qwen2_5_vl_3b, tiny_coldstart
+
+
+def get_config():
+    config = qwen2_5_vl_3b.get_config()
+    config.unlock()
+    models = tiny_coldstart.get_config().models
+    for name in ("projector", "transformer", "clip"):
+        config.models[name] = models[name]
+    config.models.projector.in_size = 2048
+    config.data.image_size = 56
+    config.models.transformer.sample_size = 56
+    config.models.transformer.pos_embed_max_size = 7
+    config.data.batch_size = config.eval.batch_size = 8
+    config.mesh.data = 1
+    config.lora.rank = 0
+    config.weights = "nowhere"
+    return config.lock()
+"""
+
+
+def process(*arguments):
+    """Runs Python with eight virtual devices."""
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    done = process("-c", f"from tests.test_plan import worker; worker({str(folder)!r})")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_plan_of_the_tiny_world(found):
+    """It fits; the parts add up; the whole step and its parts do the same work."""
+    text, values = found["plan"]
+    assert "fits: peak" in text
+    assert values["fits"] and 0 < values["peak_gib_per_chip"] < values["hbm_gib_per_chip"]
+    assert list(values["phases"]) == ["sample", "redraw", "score", "update", "step"]
+    parts = [values["phases"][name] for name in ("sample", "redraw", "score", "update")]
+    assert sum(part["seconds"] for part in parts) == pytest.approx(values["seconds_estimate"])
+    assert sum(part["flops_per_chip"] for part in parts) == pytest.approx(values["flops_per_chip"])
+    for part in parts:
+        assert part["seconds"] == max(part["seconds_by_resource"].values())
+        assert part["unknown_loops"] == 0
+    # What the partitioner left to each chip is what the jaxpr says; in the update, the compiler reads images once that
+    # the policy and its reference both see.
+    ratios = [part["flops_per_chip_partitioned"] / part["flops_per_chip"] for part in parts]
+    assert ratios[:3] == pytest.approx([1.0] * 3, rel=1e-3) and 0.8 < ratios[3] <= 1.0
+    assert values["images_per_s"] == pytest.approx(16 / values["seconds_estimate"])
+    assert values["tokens_per_s"] == pytest.approx(16 * 2 * 8 / values["seconds_estimate"])
+    hours = values["seconds_estimate"] / 3600
+    assert values["cost_per_1000_images"] == pytest.approx(2 * 8 * hours * 1000 / 16)
+    step = values["phases"]["step"]
+    assert step["flops_per_chip_partitioned"] == pytest.approx(
+        sum(part["flops_per_chip_partitioned"] for part in parts), rel=0.01
+    )
+
+
+def test_collectives_of_the_token_loop(found):
+    """Inside it only the question whether all are done; weights are gathered before it."""
+    _, values = found["plan"]
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 7]
+    assert [(c["kind"], c["depth"], c["bytes"]) for c in loop] == [("all-reduce", 1, 1.0)]
+    assert any(c["kind"] == "all-gather" and c["depth"] == 0 for c in values["collectives"] if c["phase"] == "sample")
+    assert any(c["kind"] == "all-reduce" for c in values["collectives"] if c["phase"] == "update")
+
+
+def test_what_does_not_fit_exits_3(tmp_path):
+    """3.75 billion parameters with Adam on eight devices of 2 GiB: said without compiling, with what to change."""
+    (tmp_path / "large.py").write_text(LARGE)
+    file = tmp_path / "large.json"
+    config = f"--config={tmp_path / 'large.py'}"
+    done = process("-m", "uae_jax.plan", config, "--topology=cpu:8", f"--json={file}", "--config.mesh.fsdp=8")
+    assert done.returncode == 3, done.stderr
+    assert "DOES NOT FIT" in done.stdout and "config.lora.rank" in done.stdout
+    values = json.loads(file.read_text())
+    assert not values["fits"] and values["advice"] and not values["phases"]["sample"]["compiled"]
+    # frozen weights in bfloat16 (captioner: 3.75 billion), the language model's 3.09 in float32, twice again for Adam
+    memory = values["memory_gib_per_chip"]
+    assert memory["frozen weights"] == pytest.approx(3.755e9 * 2 / 8 / 2**30, rel=0.02)
+    assert memory["trained parameters"] == pytest.approx(3.086e9 * 4 / 8 / 2**30, rel=0.02)
+    assert memory["optimizer"] == pytest.approx(2 * memory["trained parameters"], rel=1e-3)
+    assert memory["decode view"] == pytest.approx(3.086e9 * 2 / 2**30, rel=0.05)
+    assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"]
+    assert values["prompt_tokens_estimated"]
+    # two FLOPs a parameter and token: 8 x 8 captions of 256 tokens (the first comes from the prompt), and the prompts
+    written = 2 * 3.086e9 * 64 * 255 / 8
+    assert written < values["phases"]["sample"]["flops_per_chip"] < 1.2 * written
+
+
+def test_an_image_is_written_token_by_token(found):
+    """Janus-Pro-1B: 576 codes an image in both branches of guidance, by the language model's 1.2 billion weights."""
+    text, values = found["janus"]
+    assert "by arithmetic alone" in text and values["prompt_tokens_estimated"]
+    layers = 24 * (4 * 2048**2 + 3 * 2048 * 5632)
+    one = 2 * layers * 8 * 8 / 8
+    phases = values["phases"]
+    # Besides, the prompt with its 576 features, the vision tower, the head of words, and attention.
+    assert 255 * one < phases["sample"]["flops_per_chip"] < 2 * 255 * one
+    # Besides, attention to what has been written, the head of codes, the prompt, and the VQ decoder.
+    assert 2 * 575 * one < phases["redraw"]["flops_per_chip"] < 2 * 2 * 575 * one
+    assert values["memory_gib_per_chip"]["decode view"] > 2 * layers / 2**30
+    # Keys and values of both branches for 4 images of 8 captions on eight devices, prompt and image.
+    cache = 2 * 2 * 24 * 2048 * 2 * 4 * 8 / 8 * (576 + 256) / 2**30
+    assert cache < values["memory_gib_per_chip"]["cache"] < 1.2 * cache
+
+
+def test_the_table_of_plans(found, tmp_path, capsys):
+    files = [tmp_path / name for name in ("plan.json", "janus.json")]
+    for file in files:
+        file.write_text(json.dumps(found[file.stem][1] | {"config": file.stem}))
+    table.main(["table", *map(str, files)])
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == list(table.HEADER) and len(rows) == 4
+    compiled, reckoned = (dict(zip(table.HEADER, row, strict=True)) for row in rows[2:])
+    assert compiled["config"] == "plan" and compiled["fits"] == "yes" and reckoned["fits"] == "no"
+    assert reckoned["GiB a chip"].startswith("~ ") and not compiled["GiB a chip"].startswith("~")
+    assert float(compiled["PFLOP a step"]) == pytest.approx(8 * found["plan"][1]["flops_per_chip"] / 1e15, rel=0.01)
+    for arguments in ([], [str(tmp_path / "none.json")]):
+        with pytest.raises(UserError, match="plan"):
+            table.main(["table", *arguments])
+
+
+def test_gpus_by_arithmetic(found):
+    text, values = found["gpu"]
+    assert "not compiled" in text and values["collectives"] == []
+    assert values["flops_per_chip"] == pytest.approx(found["plan"][1]["flops_per_chip"])
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("stage", "config.stage = 'tower'"), ("sizes", "config.models"), ("batch", "= 3 images"), ("devices", "own")],
+)
+def test_what_cannot_be_planned(found, name, says):
+    message, values = found[name]
+    assert values is None and says in message and "\n" not in message
+
+
+def test_sweep_ranks_and_compiles_three(found):
+    text, tried = found["sweep"]
+    assert "compiler" in text and "arithmetic" in text
+    keys = [tuple(t[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")) for t in tried]
+    assert set(keys) == {(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * f * t == 8}
+    # 16 images of two captions over eight devices: in up to four parts; over one, in up to 16
+    parts = {
+        (t["rl.rollout_microbatches"], t["rl.microbatches"]) for t, key in zip(tried, keys, strict=True) if key[2] == 1
+    }
+    assert parts == {(a, b) for a in (1, 2, 4) for b in (1, 2, 4)}
+    assert sum(key[2] == 8 for key in keys) == 25
+    compiled = [all(phase["compiled"] for phase in t["phases"].values()) for t in tried]
+    assert compiled == [True] * 3 + [False] * (len(tried) - 3)
+    assert np.all(np.diff([t["seconds_estimate"] for t in tried[3:] if t["fits"]]) >= 0)
+    # Four times the microbatches: a cache of a quarter of the size, weights read so often.
+    of = {(*key, t["rl.rollout_microbatches"], t["rl.microbatches"]): t for key, t in zip(keys, tried, strict=True)}
+    one, two = of[2, 4, 1, 1, 4], of[2, 4, 1, 4, 4]
+    assert one["memory_gib_per_chip"]["cache"] == 4 * two["memory_gib_per_chip"]["cache"] > 0
+    read = [x["phases"]["sample"]["bytes_per_chip"]["hbm"] for x in (one, two)]
+    assert read[0] < read[1] < 4 * read[0]
+    # Over tensor a chip holds a part of the decode view, and says so to others.
+    whole, split = of[1, 8, 1, 1, 1], of[1, 4, 2, 1, 1]
+    assert split["memory_gib_per_chip"]["decode view"] < 0.7 * whole["memory_gib_per_chip"]["decode view"]
+
+
+def test_a_machine_must_be_named():
+    with pytest.raises(UserError, match="--topology"):
+        plan.main(["plan", "--config=configs/tiny.py", "--topology=v5e:4y4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, code", [(16, 0), (2**16, 3)])
+def test_plans_for_a_tpu(tmp_path, batch, code):
+    """The tiny world on 16 chips; and with a batch whose activations no chip holds, in the compiler's own words."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    file = tmp_path / "plan.json"
+    sizes = [f"--config.data.batch_size={batch}", "--config.eval.batch_size=16", "--config.mesh.fsdp=16"]
+    done = process(
+        *("-m", "uae_jax.plan", "--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={file}"),
+        *(*sizes, "--config.mesh.data=1"),
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert values["fits"] == (code == 0)
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 31]
+    assert [(c["kind"], c["depth"], c["bytes"]) for c in loop] == [("all-reduce", 1, 1.0)]
+    messages = [phase["compiler_message"] for phase in values["phases"].values()]
+    assert any("RESOURCE_EXHAUSTED" in message for message in messages) == (code == 3)
+    if code == 3:
+        assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"] == 15.75 and values["advice"]
+
+
+LAYERS = """
+from configs import uae_qwen2_5_vl_3b_sd3_5_large as real
+
+
+def get_config():
+    config = real.get_config()
+    config.unlock()
+    config.models.captioner.num_hidden_layers = 4
+    config.models.captioner.vision_config.depth = 4
+    config.models.captioner.vision_config.fullatt_block_indexes = (3,)
+    config.models.transformer.num_layers = 4
+    config.models.clip.text_config.num_hidden_layers = config.models.clip.vision_config.num_hidden_layers = 4
+    config.data.batch_size = config.eval.batch_size = 16
+    config.mesh.tensor = 2
+    config.rl.max_tokens = 64
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_four_layers_of_real_width_on_a_tpu(tmp_path):
+    """UAE's networks at their widths, four layers each, on 16 chips of v5e: what chips say to each other, and when."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    (tmp_path / "layers.py").write_text(LAYERS)
+    file = tmp_path / "plan.json"
+    done = process("-m", "uae_jax.plan", f"--config={tmp_path / 'layers.py'}", "--topology=v5e:4x4", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert all(phase["compiled"] and phase["unknown_loops"] == 0 for phase in values["phases"].values())
+    # In the token loop no weight is gathered: sums over tensor's pairs, of activations, and one bit over all chips.
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 63]
+    assert {c["kind"] for c in loop} <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    assert all(c["group"] == 2 for c in loop if c["bytes"] > 1)
+    # A chip does its share and no more: what the partitioner left it is near what the jaxpr asks for.
+    for name, phase in values["phases"].items():
+        assert phase["flops_per_chip_partitioned"] < 1.3 * phase["flops_per_chip"], name
