@@ -2,13 +2,27 @@
 
 python -m uae_jax.convert import Janus-Pro-1B WEIGHTS/janus
 python -m uae_jax.main --config=configs/janus_pro_1b.py --config.weights=WEIGHTS --config.data.path=IMAGES
+python -m uae_jax.main --config=configs/janus_pro_1b.py:runlocal
 
 The folder that is imported is deepseek-community's (transformers' layout) or deepseek-ai's own, whose .bin is refused
 with the command that turns it into safetensors. WEIGHTS also holds the reward's tower (clip/). Whatever sizes its
-folders have are used; `config.models` states those of the 1B, to plan without weights.
+folders have are used; `config.models` states those of the 1B, to plan without weights. The last command is the same
+run on a laptop, with the weights of configs/tiny_ar.py.
 
 Hardware: memory a chip, as compiled for 16 of TPU v5e, an image and 4 captions of 64 tokens each: 0.23 GiB of weights,
-3.8 at the peak of writing captions, 13.8 at that of drawing them with guidance, which is the VQ decoder's.
+3.8 at the peak of writing captions, 4.0 at that of drawing them with guidance. A batch is split along images first,
+then along the 8 captions of each:
+
+    | topology               | chips | mesh                   | data.batch_size | rl.rollout_microbatches |
+    | v5e:4x4                |    16 | fsdp=-1                |              16 |                       1 |
+    | v5e:16x16              |   256 | data=4 fsdp=64         |             128 |                       1 |
+    | v6e:16x16              |   256 | data=4 fsdp=64         |             128 |                       1 |
+    | v5p:4x4x4              |    64 | fsdp=-1                |              64 |                       1 |
+    | v5p:8x8x16             |  1024 | data=8 fsdp=128        |             128 |                       1 |
+    | v5e:16x16, 2..4 slices |  256k | slice=k data=4 fsdp=64 |             64k |                       1 |
+    | 1 H100 or H200         |     1 | fsdp=-1                |               4 |                       2 |
+    | 8 H100 or H200         |     8 | fsdp=-1                |              16 |                       1 |
+
 Not yet run at this size: neither wall time nor the reward to expect has been measured.
 """
 
@@ -16,6 +30,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import local
 from configs.qwen2_5_vl_3b import REQUEST
 from uae_jax import config as base
 
@@ -85,8 +100,12 @@ REDRAW_PREFIX = f"{BEGIN}<|User|>:"
 REDRAW_SUFFIX = "\n\n<|Assistant|>:<begin_of_image>"
 
 
-def get_config() -> ConfigDict:
-    """Everything not named here is `uae_jax.config.default`."""
+def get_config(size: str = "") -> ConfigDict:
+    """Everything not named here is `uae_jax.config.default`.
+
+    Args:
+      size: "runlocal" for a laptop.
+    """
     config = base.default()
     config.unlock()
     config.models = ConfigDict({"janus": model(width=2048, intermediate=5632, layers=24, heads=16)})
@@ -116,4 +135,4 @@ def get_config() -> ConfigDict:
     config.monitor = ()
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    return config.lock()
+    return local.shrunk(config) if size == "runlocal" else config.lock()

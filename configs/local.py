@@ -1,18 +1,17 @@
-"""What `:runlocal` makes of a config of real size: the same run on a laptop, in the tiny world that ships."""
+"""What `:runlocal` makes of a config of real size: the same run on a laptop, in a tiny world that ships."""
 
 from typing import Any
 
-from configs import tiny
+from configs import tiny, tiny_ar
 
 
 def shrunk(config: Any) -> Any:
-    """`config` with the tiny world's weights, data, prompts and decoder, a few steps long; what it trains, and how the
+    """`config` with a tiny world's weights, data, prompts and decoder, a few steps long; what it trains, and how the
     step is put together (adapters, microbatches, guidance, rewards of the text), stays."""
-    small = tiny.get_config()
+    small = (tiny_ar if "janus" in config.models else tiny).get_config()
     config.unlock()
-    if "models" in config:
-        del config.models
-    for field in ("weights", "dtype", "prompt", "data", "reward", "monitor", "mask_text", "eval", "mesh"):
+    del config.models
+    for field in ("weights", "towers", "dtype", "prompt", "data", "reward", "monitor", "mask_text", "eval", "mesh"):
         config[field] = small[field]
     for field in ("steps", "shift", "spacing", "prediction", "slice_vae"):
         config.redraw[field] = small.redraw[field]

@@ -263,7 +263,7 @@ def leading_axes(mesh: Mesh | AbstractMesh, batch: tuple[int, ...]) -> tuple[tup
     """The axes that split the last two of an activation's leading axes, b and g, or its only one, b."""
     if not batch:
         return ()
-    return batch_axes(mesh, *batch[-2:], spare=True) if len(batch) > 1 else batch_axes(mesh, batch[0])[:1]
+    return batch_axes(mesh, batch[-2], batch[-1], spare=True) if len(batch) > 1 else batch_axes(mesh, batch[0])[:1]
 
 
 def under(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -134,7 +134,10 @@ def splash(
     seen = padded(seen, -1, block).reshape(-1, k.shape[2])
     # A query sees the keys of its own segment: 1. Padding and hidden keys are of segment 0.
     segments = kernels.SegmentIds(q=jnp.ones((len(seen), q.shape[2]), jnp.int32), kv=seen.astype(jnp.int32))
-    blocks = kernels.BlockSizes(*[block] * 8)
+    blocks = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
     everything = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(n)])
     run = kernels.make_splash_mha_single_device(everything, block_sizes=blocks, interpret=interpret)
     out = jnp.swapaxes(jax.vmap(run)(q, k, v, segments), 1, 2)

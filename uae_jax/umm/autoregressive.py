@@ -146,7 +146,8 @@ def build(
         def pixels(codes: jax.Array) -> jax.Array:
             return spread(apply(model, painter, spread(codes), method="decode_codes"))
 
-        parts = keys.shape[1] // sharding.group_ways(mesh, *keys.shape, spare=True) if drawn.slice_vae else 1
+        b, g = keys.shape
+        parts = g // sharding.group_ways(mesh, b, g, spare=True) if drawn.slice_vae else 1
         return sharding.in_parts(pixels, spread(segment.actions), parts, axis=1), {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
