@@ -1,4 +1,4 @@
-"""Where the time of a step goes: rollout, redraw, score, update, compiled apart, and the one program of them all.
+"""Where the time of a step goes: sample, redraw, score and update, compiled apart, and the one program of them all.
 
     python -m benchmarks.phases --config=configs/tiny.py [--config.FIELD=VALUE]
 
@@ -8,7 +8,6 @@ Prints median and spread over repeated runs after a warm-up, on the config's own
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from uae_jax import main as program
@@ -17,17 +16,65 @@ from uae_jax import runtime
 REPEATS = 10
 
 
-def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[float]]:
-    """The result, and seconds of each run after the first."""
+def timed(function: Any, *arguments: Any, donated: bool = False) -> tuple[Any, list[float]]:
+    """The last result, and seconds of each run after the first.
+
+    Args:
+      donated: the first argument is used up, and the first result takes its place.
+    """
     import jax
 
-    result = jax.block_until_ready(function(*args))
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(1 + REPEATS):
         begin = time.perf_counter()
-        jax.block_until_ready(function(*args))
+        result = jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - begin)
-    return result, seconds
+        if donated:
+            arguments = (result[0], *arguments[1:])
+    return result, seconds[1:]
+
+
+def measure(run: Any, state: Any, frozen: Any, images: Any) -> dict[str, tuple[Any, Any, list[float]]]:
+    """Compiles and times the phases of a run on real arrays, each on what the one before it gave.
+
+    Args:
+      run: `planning.abstract.Abstract`.
+      state: used up.
+      images: uint8 [b, H, W, 3].
+
+    Returns:
+      {name: (phase, compiled, seconds)}; seconds of all the runs that a step makes of it (`Phase.times`).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from uae_jax import step
+    from uae_jax.planning import phases
+
+    sample, redraw, score, update = phases.parts(run)
+    times, found = sample.times, {}
+
+    def go(phase: Any, *arguments: Any) -> Any:
+        compiled = phase.lower().compile()
+        result, seconds = timed(compiled, *arguments, donated=phase.updates)
+        found[phase.name] = phase, compiled, [phase.times * value for value in seconds]
+        return result
+
+    whole = images.astype(jnp.float32) / 255.0
+    keys = step.sample_keys(state.key, state.step, len(images), run.config.rl.group_size)
+    part, part_keys = (
+        jax.device_put(x[: len(x) // times], a.sharding)
+        for x, a in zip((whole, keys), sample.arguments[2:], strict=True)
+    )
+    captions = go(sample, state.params, frozen, part, part_keys)
+    redrawn, drawn = go(redraw, state.params, frozen, captions, part, part_keys)
+    trajectory = {"caption": captions} | drawn
+    scores, advantage = go(score, part, redrawn, trajectory, frozen)
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x] * times), (trajectory, advantage, scores.valid))
+    repeated = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), repeated, update.arguments[3:])
+    state = go(update, state, frozen, whole, *repeated)[0]
+    go(phases.whole(run), state, frozen, {"image": images})
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -35,46 +82,24 @@ def main(arguments: list[str]) -> None:
     config = runtime.parse(program.FLAGS, arguments)
     runtime.prepare()
     import jax
-    import jax.numpy as jnp
     from rich.console import Console
     from rich.table import Table
 
-    from uae_jax import grpo, sharding, step, system
+    from uae_jax import sharding, system
+    from uae_jax.planning import abstract
     from uae_jax.stages import rl
 
     mesh = sharding.make_mesh(config)
     built = system.load(config, mesh)
-    family = built.family(config, mesh)
     state, optimizer = rl.start(config, built)
+    state = sharding.place(state, mesh, built.rules)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, built.frozen))
+    run = abstract.Abstract(config, mesh, built, built.family(config, mesh), optimizer, *shapes, stand_in=False)
     batches, _, _ = rl.load_data(config)
     batch = sharding.place_batch({"image": batches[0]["image"]}, mesh)
-    images = batch["image"].astype(jnp.float32) / 255.0
-    keys = step.sample_keys(state.key, state.step, len(images), config.rl.group_size)
-    options = {"config": config, "end_token": built.prompts.end_token, "automaton": built.automaton}
-
-    rollout = jax.jit(family.generate)
-    redraw = jax.jit(family.redraw)
-    score = jax.jit(lambda *args: step.score(*args, towers=built.towers, **options))
-    update = jax.jit(lambda *args: step.update(*args, family=family, optimizer=optimizer, config=config))
-    whole = jax.jit(
-        step.make_step(
-            config, family, built.towers, optimizer, mesh=mesh, **{k: v for k, v in options.items() if k != "config"}
-        )
-    )
-
-    frozen, seconds = built.frozen, {}
-    captions, seconds["rollout"] = timed(rollout, state.params, frozen, images, keys)
-    (redrawn, drawn), seconds["redraw"] = timed(redraw, state.params, frozen, captions, images, keys)
-    trajectory = {"caption": captions} | drawn
-    scores, seconds["score"] = timed(score, images, redrawn, trajectory, frozen)
-    advantage, _ = grpo.advantages(scores.reward, scores.valid)
-    _, seconds["update"] = timed(update, state, frozen, images, trajectory, advantage, scores.valid)
-    _, seconds["step"] = timed(whole, state, frozen, batch)
-
-    table = Table(
-        "phase", "median ms", "min ms", "max ms", title=f"{jax.devices()[0].device_kind}, {len(images)} images"
-    )
-    for name, values in seconds.items():
+    device = jax.devices()[0].device_kind
+    table = Table("phase", "median ms", "min ms", "max ms", title=f"{device}, {len(batch['image'])} images")
+    for name, (_, _, values) in measure(run, state, built.frozen, batch["image"]).items():
         table.add_row(name, *(f"{1e3 * f(values):.1f}" for f in (statistics.median, min, max)))
     Console().print(table)
 

@@ -68,9 +68,9 @@ def attention(
     general = bias is not None or (mask is not None and mask.shape[-2] != 1)
     chosen = kernel(sharding.platform(), q.dtype, t, s, h, shared_keys=n != kv, general=general)
     if chosen == "xla":
-        return _xla(q, k, v, mask, bias, scale)
+        return xla(q, k, v, mask, bias, scale)
     seen = jnp.ones((*batch, s), bool) if mask is None else jnp.broadcast_to(mask[..., 0, :], (*batch, s))
-    function = functools.partial(splash if chosen == "splash" else _cudnn, scale=scale)
+    function = functools.partial(splash if chosen == "splash" else cudnn, scale=scale)
     # A kernel of its own is opaque to the partitioner: each device is told which part of the batch is its.
     mesh = jax.sharding.get_abstract_mesh()
     spec = P(*[None] * max(len(batch) - 2, 0), *sharding.leading_axes(mesh, tuple(batch)))
@@ -78,7 +78,7 @@ def attention(
     return split(q, k, v, seen)
 
 
-def _xla(
+def xla(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None, scale: float
 ) -> jax.Array:
     """`attention` in plain products."""
@@ -144,7 +144,7 @@ def splash(
     return out[:, :t, :, :h].reshape(*batch, t, n, h)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, scale: float) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, scale: float) -> jax.Array:
     """cuDNN's fused attention, on one device's part of a batch; arguments as in `splash`."""
     *batch, t, n, h = q.shape
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
