@@ -27,6 +27,7 @@ def run(config: Any, workdir: Path) -> None:
     environment = runtime.environment()
     hosts.check_same(hosts.fingerprint(runtime.flatten(config.to_dict()), environment))
     mesh = sharding.make_mesh(config)
+    hosts.acquaint(mesh)
     for stage in configs.stages(config):
         # RL is what a workdir is for; the stages of a cold start each have a folder in it.
         folder_of_stage = workdir if stage == "rl" else workdir / stage
