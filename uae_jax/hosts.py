@@ -4,7 +4,9 @@ Every process runs the same program; what one of them calls here, all must call,
 process all of it is free.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from uae_jax.errors import UserError
 
@@ -49,6 +53,25 @@ def from_first(make: Callable[[], Any]) -> Any:
 def on_first(write: Callable[[], None]) -> None:
     """Calls `write` in the first process; all go on when it is done, and find what it wrote in a shared folder."""
     from_first(write)
+
+
+def acquaint(mesh: Mesh) -> None:
+    """One small collective along every choice of the mesh's axes, before anything large is compiled.
+
+    The processes of a collective have 30 s to meet when they do for the first time (gloo, on CPU), and one may have to
+    compile for longer than another that finds the program in its cache.
+    """
+    if jax.process_count() == 1:
+        return
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    everywhere = NamedSharding(mesh, P(tuple(names)))
+    ones = jax.make_array_from_callback((mesh.size,), everywhere, np.ones(mesh.size).__getitem__)
+    for count in range(1, len(names) + 1):
+        for axes in itertools.combinations(names, count):
+            rest = tuple(name for name in names if name not in axes)
+            total = functools.partial(jax.lax.psum, axis_name=axes)
+            summed = jax.shard_map(total, mesh=mesh, in_specs=P(tuple(names)), out_specs=P(rest))
+            jax.block_until_ready(jax.jit(summed)(ones))
 
 
 def to_host(tree: Any) -> Any:

@@ -34,6 +34,7 @@ def run(config: Any, workdir: Path) -> None:
 def run_stages(config: Any, workdir: Path, environment: dict[str, Any]) -> None:
     """`run`, in a workdir that is this run's alone."""
     mesh = sharding.make_mesh(config)
+    hosts.acquaint(mesh)
     for stage in configs.stages(config):
         # RL is what a workdir is for; the stages of a cold start each have a folder in it.
         folder_of_stage = workdir if stage == "rl" else workdir / stage
