@@ -479,8 +479,8 @@ def test_an_image_is_written_token_by_token(found):
     # Besides, attention to what has been written, the head of codes, the prompt, and the VQ decoder.
     assert 2 * 575 * one < phases["redraw"]["flops_per_chip"] < 2 * 2 * 575 * one
     assert values["memory_gib_per_chip"]["decode view"] > 2 * layers / 2**30
-    # Keys and values of both branches for 4 images of 8 captions on eight devices, prompt and image.
-    cache = 2 * 2 * 24 * 2048 * 2 * 4 * 8 / 8 * (576 + 256) / 2**30
+    # Keys and values for 4 images of 8 captions on eight devices: features and words, and the prompt.
+    cache = 2 * 24 * 2048 * 2 * 4 * 8 / 8 * (576 + 256) / 2**30
     assert cache < values["memory_gib_per_chip"]["cache"] < 1.2 * cache
 
 

@@ -86,11 +86,14 @@ def placed(tree: Any, run: Abstract) -> Any:
 
 
 def share_used(params: Any, run: Abstract) -> float:
-    """The part of a model's parameters that a chip uses: of those that tensor splits, its part; of others all."""
-    flat = traverse_util.flatten_dict({"start": params}, sep="/")
-    tensor, split = run.mesh.shape["tensor"], (sharding.Split.COLUMNS, sharding.Split.ROWS)
-    used = {k: x.size / (tensor if sharding.split_of(k, run.system.rules) in split else 1) for k, x in flat.items()}
-    return sum(used.values()) / sum(x.size for x in flat.values())
+    """The part of a captioner's language model that a chip uses: of what tensor splits its part, of the rest all."""
+    flat = traverse_util.flatten_dict({"start": {"language": params["language"]}}, sep="/")
+
+    def part(path: str, x: Any) -> float:
+        split = sharding.split_of(path, run.system.rules) in (sharding.Split.COLUMNS, sharding.Split.ROWS)
+        return x.size / (run.mesh.shape["tensor"] if split and x.size >= sharding.SMALLEST_SHARDED else 1)
+
+    return sum(part(path, x) for path, x in flat.items()) / sum(x.size for x in flat.values())
 
 
 def batched(tree: Any, mesh: Mesh, group: bool = False, spare: bool = False) -> Any:
