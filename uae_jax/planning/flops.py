@@ -24,8 +24,14 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work", times: float = 1.0) -> "Work":
         """The sum; what loops hold is not added up, the larger counts."""
-        sums = [a + times * b for a, b in zip(self[:4], other[:4], strict=True)]
-        return Work(*sums, max(self.carried, other.carried), max(self.held, other.held))
+        return Work(
+            self.split_flops + times * other.split_flops,
+            self.whole_flops + times * other.whole_flops,
+            self.split_bytes + times * other.split_bytes,
+            self.whole_bytes + times * other.whole_bytes,
+            max(self.carried, other.carried),
+            max(self.held, other.held),
+        )
 
     def flops(self, chips: int) -> float:
         """FLOPs of one chip."""
