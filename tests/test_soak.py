@@ -58,7 +58,9 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
     # The first evaluation (step 10) and the first save have seen everything that there is to compile.
     assert compiled[-1] == compiled[20], "something was compiled again"
     assert compiled[8] == compiled[0], "the step itself was compiled again"
-    assert max(handles[start:]) <= max(handles[: start + 1]) + 2
-    assert max(arrays[start:]) <= max(arrays[: start + 1])
+    # A save under way has files open and arrays in hand: a leak raises what is left between saves.
+    early, late = slice(0, start + 1), slice(-(steps // 4), None)
+    assert min(handles[late]) <= min(handles[early]) and max(handles) < min(handles) + 64
+    assert min(arrays[late]) <= min(arrays[early])
     if steps >= 1000:  # a slope over less is noise
         assert slope < FLAT

@@ -213,12 +213,15 @@ def as_text(plan: Plan) -> str:
     """The plan to read."""
     chip, (name, peak) = plan.topology.chip, plan.largest
     axes = ", ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
-    verdict, margin = ("fits", chip.hbm - peak) if plan.fits else ("DOES NOT FIT", peak - chip.hbm)
+    known = all(part.compiled for part in plan.parts)
+    verdict, margin = (
+        ("fits" if known else "may fit", chip.hbm - peak) if plan.fits else ("DOES NOT FIT", peak - chip.hbm)
+    )
     by = f"{gib(abs(margin)):.2f} GiB {'to spare' if plan.fits else 'too much'}"
     by = by if plan.fits or margin > 0 else "the compiler does not say by how much"
     text = [
         f"{plan.config_name} on {plan.topology}: {plan.topology.chips} chips, mesh {axes}",
-        f"{verdict}: peak {gib(peak):.2f} of {gib(chip.hbm):.2f} GiB a chip, in {name}; {by}",
+        f"{verdict}: peak {'' if known else '>= '}{gib(peak):.2f} of {gib(chip.hbm):.2f} GiB a chip, in {name}; {by}",
         "",
     ]
     rows = [["GiB a chip", ""]] + [[part, f"{gib(size):.3f}"] for part, size in plan.resident.items()]
