@@ -120,8 +120,9 @@ def prepare(topology: Topology) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no question to a cloud that this host is not in
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    if topology.chip.platform == "gpu":  # nothing to try kernels on
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    if topology.chip.platform == "gpu":  # nothing to try kernels on, and untried ones of Triton's may not compile
+        untried = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untried}".strip()
     if topology.chip.platform != "tpu":
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.chips}".strip()
