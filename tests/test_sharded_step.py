@@ -123,7 +123,7 @@ def unsharded(weights, tmp_path_factory):
     return Findings()
 
 
-@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharded_equals_unsharded_and_gathers_outside_the_token_loops(weights, unsharded, family, mesh):
     janus, one = unsharded[family]
