@@ -111,19 +111,19 @@ def named(path: str | os.PathLike) -> tuple[epath.Path, int]:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    path = _absolute(path)
-    if path.name.isdigit() and int(path.name) in _complete(path.parent):
+    place = _absolute(path)
+    if place.name.isdigit() and int(place.name) in _complete(place.parent):
         try:
-            record = checksums.read(path / ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
+            record = checksums.read(place / ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
             if record is not None:
-                checksums.verify(path / ocp.checkpoint_manager.DEFAULT_ITEM_NAME, record)
+                checksums.verify(place / ocp.checkpoint_manager.DEFAULT_ITEM_NAME, record)
         except checksums.Damaged as damage:
-            raise UserError(f"config.resume: checkpoint {path} is damaged ({damage}): name another") from None
-        return path.parent, int(path.name)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            raise UserError(f"config.resume: checkpoint {place} is damaged ({damage}): name another") from None
+        return place.parent, int(place.name)
+    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
     step = newest_whole(folder)
     if step is None:
-        raise UserError(f"config.resume: {path} holds no complete checkpoint: name the workdir of a run")
+        raise UserError(f"config.resume: {place} holds no complete checkpoint: name the workdir of a run")
     return folder, step
 
 
@@ -151,8 +151,8 @@ def _newest_whole(directory: str | os.PathLike) -> int:
 
 
 def _complete(directory: str | os.PathLike) -> list[int]:
-    directory = _absolute(directory)
-    return ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    folder = _absolute(directory)
+    return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
 
 
 def restore(directory: str | os.PathLike, step: int, abstract_state: Any) -> Any:
