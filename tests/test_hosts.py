@@ -139,12 +139,14 @@ def stopped_together(processes, workdir, after):
     return step
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_stopped_killed_and_resumed_on_fewer(alone, config, cache, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "asked"), [(2, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_stopped_killed_and_resumed_on_fewer(alone, config, cache, tmp_path, count, asked):
     """Several processes, asked to stop at one; again, and one dies; half as many go on: all of it is the run of one."""
     workdir = tmp_path / "run"
     flags = [*arguments(config, workdir), f"--config.heartbeat_seconds={HEARTBEAT}"]
-    first = stopped_together(start_many(count, flags, cache), workdir, 1)
+    first = stopped_together(start_many(count, flags, cache), workdir, 1) if asked else 0
     assert first < STEPS
 
     processes = start_many(count, flags, cache)
@@ -197,6 +199,7 @@ def test_processes_that_would_differ_are_refused(config, cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_its_own_is_refused(config, cache, tmp_path):
     own = [[f"--workdir={tmp_path / name}"] for name in ("a", "b")]
     for code, _, errors in ended(start_many(2, arguments(config, tmp_path), cache, own)):

@@ -23,6 +23,7 @@ def workdir(weights, tmp_path_factory):
     return where
 
 
+@pytest.mark.slow
 def test_joint_leaves_weights_that_load_and_a_card(workdir, weights):
     rows = [json.loads(row) for row in (workdir / "joint" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -57,11 +58,12 @@ def test_a_run_from_these_weights_evaluates_and_exports(workdir, weights, tmp_pa
         convert.main(["", "export", str(tmp_path / "run"), str(tmp_path / "other"), "--umm"])
 
 
-def test_batches_hide_captions_and_become_terse(workdir, weights):
+def test_batches_hide_captions_and_become_terse(tmp_path, weights):
     config = tiny.ar_coldstart_config(
-        towers=str(weights), eval__enabled=False, joint__batch_size=64, joint__curriculum_steps=1
+        towers=str(weights), eval__enabled=False, joint__batch_size=64, joint__curriculum_steps=1, stage="tokenizer"
     )
-    program = joint.build(config, workdir, tokenizer.build(), sharding.make_mesh(config))
+    train.run(config, tmp_path)
+    program = joint.build(config, tmp_path, tokenizer.build(), sharding.make_mesh(config))
     seen, terse = program.batches[1], program.batches[2]
     assert seen["mask"].sum(1).mean() > 1.3 * terse["mask"].sum(1).mean()
     assert 0 < seen["hidden"].mean() < 0.3

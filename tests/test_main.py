@@ -119,6 +119,7 @@ def test_a_report_needs_a_finished_run(tmp_path):
         report.write([tmp_path], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_live_text_encoder_has_a_canary(weights, tmp_path):
     train.run(
         tiny.config(
@@ -152,6 +153,7 @@ def wait_for_line(process, workdir, count):
     pytest.fail(f"no line {count} before the end: {output}{errors}")
 
 
+@pytest.mark.slow  # tests/test_faults.py does so to a smaller program in the same loop
 def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     whole, config = finished
     workdir = tmp_path / "interrupted"

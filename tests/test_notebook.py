@@ -40,6 +40,7 @@ def run_notebook(parameters, folder, **environment):
     return subprocess.run([sys.executable, script], cwd=LAUNCH, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_notebook_on_cpu(weights, tmp_path):
     """A small dose of the whole: two updates of a tiny random system."""
     workdir, given = tmp_path / "run", "--xla_cpu_enable_fast_math=false"
