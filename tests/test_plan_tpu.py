@@ -1,0 +1,113 @@
+"""Plans that take minutes: for a TPU, with its compiler, and the update of a network wide enough to be split."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.test_plan import process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, code", [(16, 0), (2**16, 3)])
+def test_plans_for_a_tpu(tmp_path, batch, code):
+    """The tiny world on 16 chips; and with a batch whose activations no chip holds, in the compiler's own words."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    file = tmp_path / "plan.json"
+    sizes = [f"--config.data.batch_size={batch}", "--config.eval.batch_size=16", "--config.mesh.fsdp=16"]
+    done = process(
+        *("-m", "uae_jax.plan", "--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={file}"),
+        *(*sizes, "--config.mesh.data=1"),
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert values["fits"] == (code == 0)
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 31]
+    assert [(c["kind"], c["depth"], c["bytes"]) for c in loop] == [("all-reduce", 1, 1.0)]
+    messages = [phase["compiler_message"] for phase in values["phases"].values()]
+    assert any("RESOURCE_EXHAUSTED" in message for message in messages) == (code == 3)
+    if code == 3:
+        assert values["peak_gib_per_chip"] > values["hbm_gib_per_chip"] == 15.75 and values["advice"]
+
+
+LAYERS = """
+from configs import uae_qwen2_5_vl_3b_sd3_5_large as real
+
+
+def get_config():
+    config = real.get_config()
+    config.unlock()
+    config.models.captioner.num_hidden_layers = 4
+    config.models.captioner.vision_config.depth = 4
+    config.models.captioner.vision_config.fullatt_block_indexes = (3,)
+    config.models.transformer.num_layers = 4
+    config.models.clip.text_config.num_hidden_layers = config.models.clip.vision_config.num_hidden_layers = 4
+    config.data.batch_size = config.eval.batch_size = 16
+    config.mesh.tensor = 2
+    config.rl.max_tokens = 64
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_four_layers_of_real_width_on_a_tpu(tmp_path):
+    """UAE's networks at their widths, four layers each, on 16 chips of v5e: what chips say to each other, and when."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install 'uae_jax[tpu]'")
+    (tmp_path / "layers.py").write_text(LAYERS)
+    file = tmp_path / "plan.json"
+    done = process("-m", "uae_jax.plan", f"--config={tmp_path / 'layers.py'}", "--topology=v5e:4x4", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(file.read_text())
+    assert all(phase["compiled"] and phase["unknown_loops"] == 0 for phase in values["phases"].values())
+    # In the token loop no weight is gathered: sums over tensor's pairs, of activations, and one bit over all chips.
+    loop = [c for c in values["collectives"] if c["phase"] == "sample" and c["executed"] >= 63]
+    assert {c["kind"] for c in loop} <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    assert all(c["group"] == 2 for c in loop if c["bytes"] > 1)
+    # A chip does its share and no more: what the partitioner left it is near what the jaxpr asks for.
+    for name, phase in values["phases"].items():
+        assert phase["flops_per_chip_partitioned"] < 1.3 * phase["flops_per_chip"], name
+
+
+NARROW = """
+from configs import qwen2_5_vl_3b, tiny_coldstart
+
+
+def get_config():
+    config = qwen2_5_vl_3b.get_config()
+    config.unlock()
+    models = tiny_coldstart.get_config().models
+    for name in ("projector", "transformer", "clip"):
+        config.models[name] = models[name]
+    captioner = config.models.captioner
+    sizes = {"vocab_size": 18992, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    names = ("image_token", "video_token", "vision_start_token", "vision_end_token", "bos_token", "eos_token")
+    ids = {f"{name}_id": 18000 + i for i, name in enumerate(names)}
+    captioner.update(num_attention_heads=4, **sizes, **ids)
+    vision = {"depth": 2, "fullatt_block_indexes": (1,), "hidden_size": 256, "intermediate_size": 512, "num_heads": 4}
+    captioner.vision_config.update(out_hidden_size=512, **vision)
+    captioner.rope_scaling.mrope_section = (16, 24, 24)
+    config.models.projector.in_size = 512
+    config.data.image_size = 56
+    config.models.transformer.sample_size = 56
+    config.models.transformer.pos_embed_max_size = 7
+    config.data.batch_size = config.eval.batch_size = 16
+    config.rl.max_tokens = 64
+    config.rl.logit_chunk = 32
+    config.rl.group_size = 4
+    config.mesh.update(data=1, fsdp=4, tensor=2)
+    config.weights = "nowhere"
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_chips_keep_their_part_of_the_batch_in_the_update(tmp_path):
+    """Over fsdp weights are gathered and gradients of adapters summed; activations are summed over tensor alone."""
+    (tmp_path / "narrow.py").write_text(NARROW)
+    file, config = tmp_path / "plan.json", f"--config={tmp_path / 'narrow.py'}"
+    done = process("-m", "uae_jax.plan", config, "--topology=cpu:8", "--parts=update", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    inside = [c for c in json.loads(file.read_text())["collectives"] if c["depth"]]
+    assert {c["group"] for c in inside if c["kind"] == "all-reduce" and c["bytes"] >= 2**18} == {2}
