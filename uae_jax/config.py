@@ -19,7 +19,8 @@ PICTURE_SOURCES = ("folder", "jsonl", "array_record", "tfds")
 # Those from `mesh` on change how a step is computed, not what.
 MAY_DIFFER = (
     "stage", "steps", "checkpoint", "eval", "stop_on_gap", "max_bad_steps",
-    "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "heartbeat_seconds",
+    "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "offload_optimizer",
+    "heartbeat_seconds",
 )  # fmt: skip
 FREE = ("reward", "data.mixture")  # fields whose own fields are named by the user
 
@@ -140,6 +141,7 @@ def default() -> ConfigDict:
     c.mesh.data = -1  # copies of the weights, each with its part of the batch
     c.mesh.fsdp = 1  # weights stored in parts over this many devices, batch too
     c.mesh.tensor = 1  # heads and MLPs of the language model used in parts over this many devices
+    c.offload_optimizer = False  # its state lies in host memory between updates: less on the device, and slower
     c.heartbeat_seconds = 100  # several processes: one that is silent for so long is dead, and the others stop
 
     return c.lock()

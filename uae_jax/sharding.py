@@ -31,6 +31,7 @@ from uae_jax.errors import UserError
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = AXES[:3]
+HOST = "pinned_host"  # memory of a host that its devices reach by themselves
 # Smaller parameters are copied to every device: splitting them saves nothing and costs a gather each.
 SMALLEST_SHARDED = 2**16
 
@@ -175,10 +176,31 @@ def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
     step be another program.
 
     Args:
-      state: arrays, or their shapes with shardings.
+      state: arrays, or their shapes with shardings. Those that `offloaded` put into host memory come over to be used.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
+
+    def fetched(x: jax.Array, place: NamedSharding) -> jax.Array:
+        return jax.device_put(x, place.with_memory_kind("device")) if place.memory_kind == HOST else x
+
+    def call(state: Any, *rest: Any) -> Any:
+        return step(jax.tree.map(fetched, state, places), *rest)
+
+    return jax.jit(call, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
+
+
+def offloaded(tree: Any) -> Any:
+    """Arrays, or their shapes with shardings, in the memory of their devices' hosts; scalars stay where they are."""
+
+    def moved(x: Any) -> Any:
+        if not x.ndim:
+            return x
+        place = x.sharding.with_memory_kind(HOST)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        return jax.device_put(x, place)
+
+    return jax.tree.map(moved, tree)
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:

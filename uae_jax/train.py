@@ -102,6 +102,8 @@ def loop(program: Program, config: Any, workdir: Path, mesh: jax.sharding.Mesh) 
     """Trains one program to its last step; False if it stopped before (everything is saved)."""
     # ---- state: on the mesh, from the last checkpoint if there is one
     state = sharding.place(program.state, mesh, program.rules)
+    if config.offload_optimizer:
+        state = state.replace(opt_state=sharding.offloaded(state.opt_state))
     frozen = sharding.place(program.frozen, mesh, program.rules)
     size = program.batches.batch_size
     rows = sharding.local_rows(size, mesh)

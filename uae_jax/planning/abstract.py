@@ -76,7 +76,10 @@ def build(config: Any, mesh: Mesh) -> Abstract:
         state, frozen = jax.eval_shape(lambda: start(where))
     built, optimizer, planned = kept
     run = Abstract(planned, mesh, built, built.family(planned, mesh), optimizer, state, frozen, stand_in)
-    return run._replace(state=placed(state, run), frozen=placed(frozen, run))
+    state, frozen = placed(state, run), placed(frozen, run)
+    if config.offload_optimizer:
+        state = state.replace(opt_state=sharding.offloaded(state.opt_state))
+    return run._replace(state=state, frozen=frozen)
 
 
 def placed(tree: Any, run: Abstract) -> Any:
@@ -111,9 +114,11 @@ def batched(tree: Any, mesh: Mesh, group: bool = False, spare: bool = False) -> 
 
 
 def bytes_per_chip(tree: Any) -> float:
-    """Bytes of an abstract tree on one chip."""
+    """Bytes of an abstract tree in the memory of one chip."""
 
     def of(x: jax.ShapeDtypeStruct) -> float:
+        if x.sharding is not None and x.sharding.memory_kind == sharding.HOST:
+            return 0.0
         shape = x.sharding.shard_shape(x.shape) if isinstance(x.sharding, NamedSharding) else x.shape
         key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return float(np.prod(shape)) * (8 if key else np.dtype(x.dtype).itemsize)
