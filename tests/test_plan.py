@@ -233,7 +233,7 @@ def test_reads_loops_and_collectives(start, step, rounds):
     assert found.bytes == rounds * 2 * (4 * 64 + 64 * 64 + 4 * 64)
     inside = {(c.kind, c.depth): c for c in found.collectives}
     gather, every, total = inside["all-gather", 1], inside["all-reduce", 1], inside["all-reduce", 0]
-    assert (gather.count, gather.executed, gather.bytes, gather.group) == (1, rounds, 2 * 64 * 64, 2)
+    assert (gather.places, gather.executed, gather.bytes, gather.group) == (1, rounds, 2 * 64 * 64, 2)
     assert gather.received == rounds * 2 * 64 * 64 / 2
     assert (every.executed, every.bytes, every.group) == (rounds, 1, 8)
     assert total.executed == 1 and total.received == 2 * 4 * 7 / 8

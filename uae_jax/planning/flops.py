@@ -25,7 +25,8 @@ class Work(NamedTuple):
     def plus(self, other: "Work", times: float = 1.0) -> "Work":
         """The sum; what loops hold is not added up, the larger counts."""
         sums = [a + times * b for a, b in zip(self[:4], other[:4], strict=True)]
-        return Work(*sums, max(self.carried, other.carried), max(self.held, other.held))
+        held = [max(self.carried, other.carried), max(self.held, other.held)]
+        return Work(*sums, *held)
 
     def flops(self, chips: int) -> float:
         """FLOPs of one chip."""

@@ -25,7 +25,7 @@ class Collective(NamedTuple):
 
     kind: str
     depth: int  # loops round it
-    count: int  # places in the program
+    places: int  # in the program
     executed: float  # runs of all of them
     bytes: float  # of the result of one, on a chip
     group: int  # chips that take part

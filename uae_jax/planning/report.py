@@ -278,7 +278,7 @@ def _collective_rows(plan: Plan) -> list[list[str]]:
             for depth in sorted({c.depth for c in found}):
                 here = [c for c in found if c.depth == depth]
                 rows.append([
-                    f"{part.name}: {kind}", str(depth), str(sum(c.count for c in here)),
+                    f"{part.name}: {kind}", str(depth), str(sum(c.places for c in here)),
                     f"{sum(c.executed for c in here):.0f}", f"{max(c.bytes for c in here) / 2**20:.3g}",
                     f"{gib(sum(c.received for c in here)):.3g}", f"{gib(sum(c.received_dcn for c in here)):.3g}",
                 ])  # fmt: skip
