@@ -103,11 +103,8 @@ def batched(tree: Any, mesh: Mesh, group: bool = False, spare: bool = False) -> 
     """Arrays [b, ...], or [b, g, ...] with `group`, where a run puts them (`sharding.constrain_batch`)."""
 
     def of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = (
-            sharding.batch_axes(mesh, x.shape[0], x.shape[1], spare)
-            if group
-            else sharding.batch_axes(mesh, x.shape[0])[:1]
-        )
+        b, g = x.shape[0], x.shape[1] if group else 1
+        axes = sharding.batch_axes(mesh, b, g, group and spare)[: 1 + group]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
 
     return jax.tree.map(of, tree)
