@@ -81,7 +81,6 @@ WRONG = [
     ({"max_bad_steps": -1}, "max_bad_steps"),
     ({"resume": "runs/tiny", "stage": "tower,captioner"}, "resume"),
     ({"heartbeat_seconds": 5}, "heartbeat_seconds"),
-    ({"stage": "tower,captioner", "resume": "runs/a"}, "resume"),
     ({"optimizer.name": "sgd"}, "optimizer.name"),
     ({"optimizer.learning_rate": -1e-4}, "optimizer.learning_rate"),
     ({"optimizer.warmup": -1}, "optimizer.warmup"),
