@@ -19,6 +19,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stages_leave_weights_that_load_and_a_card(workdir):
     for stage, steps in (("tower", 2), ("bench_tower", 2), ("captioner", 3), ("decoder", 2)):
         rows = (workdir / stage / "metrics.jsonl").read_text().splitlines()
@@ -33,12 +34,14 @@ def test_stages_leave_weights_that_load_and_a_card(workdir):
         assert said in card
 
 
+@pytest.mark.slow
 def test_the_bench_towers_see_scenes_at_their_own_size(workdir):
     for name in ("dinov2", "siglip"):
         how = pixels.load(workdir / "weights" / name, folder.open_model(workdir / "weights" / name).config)
         assert how.size == 48 and how.shortest in (None, 48)
 
 
+@pytest.mark.slow
 def test_a_stage_runs_alone_and_resumes(workdir):
     before = (workdir / "captioner" / "metrics.jsonl").read_text()
     (workdir / "weights" / "captioner" / "model.safetensors").unlink()

@@ -58,6 +58,7 @@ def test_a_run_from_these_weights_evaluates_and_exports(workdir, weights, tmp_pa
         convert.main(["", "export", str(tmp_path / "run"), str(tmp_path / "other"), "--umm"])
 
 
+@pytest.mark.slow
 def test_batches_hide_captions_and_become_terse(tmp_path, weights):
     config = tiny.ar_coldstart_config(
         towers=str(weights), eval__enabled=False, joint__batch_size=64, joint__curriculum_steps=1, stage="tokenizer"

@@ -57,7 +57,7 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
 
     start = int(SETTLED * steps)
     settled = np.asarray(memory[start:], float)
-    np.save("/tmp/w/soak_mem.npy", np.asarray(memory)); slope = np.polyfit(np.arange(len(settled)), settled, 1)[0]
+    slope = np.polyfit(np.arange(len(settled)), settled, 1)[0]
     mib = [memory[at] / 2**20 for at in (0, start, -1)]
     print(f"{steps} steps: {mib[0]:.0f} MiB after the first, {mib[1]:.0f} after {start + 1}, {mib[2]:.0f} at the end")
     print(f"slope {slope:.0f} bytes a step; handles {handles[start]}, {handles[-1]} at the end, {max(handles)} at most")
