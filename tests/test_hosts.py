@@ -177,7 +177,7 @@ def test_the_death_of_the_first_process_ends_the_others(config, cache, tmp_path)
     wait_for_line(processes[0], tmp_path / "run", 1)
     processes[0].kill()
     _, (code, _, errors) = ended(processes, seconds=60)
-    assert code == 2 and errors.strip().splitlines()[-1].startswith("error: process 0 is gone"), errors
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("error: process 0 of 2 is gone"), errors
 
 
 @pytest.mark.slow
