@@ -18,6 +18,7 @@ from uae_jax.metrics import Writer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event a program, from the persistent cache or not
 FLAT = 2000  # bytes a step: ten thousand steps then cost 20 MB
+EVERY = 10  # steps between looks at the memory
 SETTLED = 0.25  # share of the run after which memory is expected to stay
 
 
@@ -41,10 +42,10 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
 
     def measured(self, step, metrics):
         write(self, step, metrics)
-        if step % 10 == 0:
+        if step % EVERY == 0:
             gc.collect()  # what is only not collected yet, or not given back by the allocator, is no leak
             ctypes.CDLL(None).malloc_trim(0)
-        memory.append(own_memory())
+            memory.append(own_memory())
         handles.append(process.num_fds())
         compiled.append(len(events))
         arrays.append(len(jax.live_arrays()))
@@ -55,13 +56,13 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
         checkpoint__every=100,
     )  # fmt: skip
     train.run(config, Path(tmp_path))
-    assert len(memory) == steps
+    assert len(handles) == steps
 
     start = int(SETTLED * steps)
-    settled = np.asarray(memory[start:], float)
-    slope = np.polyfit(np.arange(len(settled)), settled, 1)[0]
-    mib = [memory[at] / 2**20 for at in (0, start, -1)]
-    print(f"{steps} steps: {mib[0]:.0f} MiB after the first, {mib[1]:.0f} after {start + 1}, {mib[2]:.0f} at the end")
+    settled = np.asarray(memory[start // EVERY :], float)
+    slope = np.polyfit(EVERY * np.arange(len(settled)), settled, 1)[0]
+    mib = [memory[at] / 2**20 for at in (0, start // EVERY, -1)]
+    print(f"{steps} steps: {mib[0]:.0f} MiB after {EVERY}, {mib[1]:.0f} after {start}, {mib[2]:.0f} at the end")
     print(f"slope {slope:.0f} bytes a step; handles {handles[start]}, {handles[-1]} at the end, {max(handles)} at most")
     print(f"programs: {compiled[0]} after the first step, {compiled[-1]} at the end")
     # The first evaluation and the first save have seen everything that there is to compile.
