@@ -20,9 +20,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
-from uae_jax import checksums
+from uae_jax import checksums, hosts
 from uae_jax.errors import UserError
 from uae_jax.retention import Keep, Policy
 from uae_jax.storage import close_at_exit, storage_errors, write_atomic
@@ -92,8 +91,7 @@ def newest_whole(directory: str | os.PathLike) -> int | None:
     Raises:
       UserError: all are damaged.
     """
-    found = _newest_whole(directory) if jax.process_index() == 0 else 0
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    found = hosts.from_first(lambda: _newest_whole(directory))
     if found == _ALL_DAMAGED:
         raise UserError(f"all checkpoints in {directory} are damaged: copy one back, or remove them all to start again")
     return None if found == _NO_CHECKPOINT else found
@@ -113,12 +111,9 @@ def named(path: str | os.PathLike) -> tuple[epath.Path, int]:
     """
     place = _absolute(path)
     if place.name.isdigit() and int(place.name) in _complete(place.parent):
-        try:
-            record = checksums.read(place / ocp.checkpoint_manager.DEFAULT_ITEM_NAME)
-            if record is not None:
-                checksums.verify(place / ocp.checkpoint_manager.DEFAULT_ITEM_NAME, record)
-        except checksums.Damaged as damage:
-            raise UserError(f"config.resume: checkpoint {place} is damaged ({damage}): name another") from None
+        damage = hosts.from_first(lambda: _damage(place.parent, int(place.name)))
+        if damage is not None:
+            raise UserError(f"config.resume: checkpoint {place} is damaged ({damage}): name another")
         return place.parent, int(place.name)
     folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
     step = newest_whole(folder)
@@ -133,15 +128,29 @@ def config_of(directory: str | os.PathLike, step: int) -> dict[str, Any]:
     return record.config if record is not None else {}
 
 
+def _verified(folder: epath.Path) -> bool:
+    """Reads every file of a checkpoint; False where it was written without checksums. Raises checksums.Damaged."""
+    record = checksums.read(folder)
+    if record is not None:
+        checksums.verify(folder, record)
+    return record is not None
+
+
+def _damage(directory: str | os.PathLike, step: int) -> str | None:
+    """What is wrong with a checkpoint."""
+    try:
+        _verified(_items(directory, step))
+    except checksums.Damaged as damage:
+        return str(damage)
+    return None
+
+
 def _newest_whole(directory: str | os.PathLike) -> int:
     steps = sorted(_complete(directory), reverse=True)
     for step, before in zip(steps, [*steps, None][1:], strict=True):
         folder = _items(directory, step)
         try:
-            record = checksums.read(folder)
-            if record is not None:
-                checksums.verify(folder, record)
-            else:
+            if not _verified(folder):
                 logging.warning("checkpoint %s was written without checksums: it is used unverified", folder.parent)
             return step
         except checksums.Damaged as damage:
@@ -318,11 +327,13 @@ class Checkpointer:
         return state, step
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        for step in steps if jax.process_index() == 0 else ():
-            names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
-            free = next(self.directory / name for name in names if not (self.directory / name).exists())
-            (self.directory / str(step)).rename(free)
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        def rename() -> None:
+            for step in steps:
+                names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
+                free = next(self.directory / name for name in names if not (self.directory / name).exists())
+                (self.directory / str(step)).rename(free)
+
+        hosts.on_first(rename)
         self._manager.reload()
 
 

@@ -26,7 +26,8 @@ def run(config: Any, workdir: Path) -> None:
       UserError: whatever the user can fix; another process is running in `workdir`.
     """
     environment = runtime.environment()
-    hosts.check_same(hosts.fingerprint(runtime.flatten(config.to_dict()), environment))
+    if jax.process_count() > 1:  # it reads all of the code
+        hosts.check_same(hosts.fingerprint(runtime.flatten(config.to_dict()), environment))
     with storage.only_user(workdir) if hosts.first() else nullcontext():
         run_stages(config, workdir, environment)
 

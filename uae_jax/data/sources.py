@@ -188,10 +188,6 @@ def batches(source: Source, indices: Sequence[int], batch_size: int, seed: int) 
     return Batches(source, Order([indices], [1.0], seed), batch_size)
 
 
-def _read(ds: Any, rows: Rows | None, step: int) -> tuple[dict[str, Any], list[Bad]]:
-    return ds.read(step, rows)
-
-
 def prefetch(
     ds: Any,
     start: int,
@@ -218,7 +214,7 @@ def prefetch(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads some of its own there
             flags.FLAGS.mark_as_parsed()
-        steps = grain.MapDataset.range(start, stop).map(functools.partial(_read, ds, rows))
+        steps = grain.MapDataset.range(start, stop).map(functools.partial(ds.read, rows=rows))
         dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         ready = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
 
