@@ -384,6 +384,21 @@ def in_parts(function: Callable[[Any], Any], tree: Any, parts: int, axis: int = 
     return join_parts(jax.lax.map(function, split_parts(tree, parts, axis)), axis)
 
 
+def each_sample(function: Callable[[jax.Array], jax.Array], x: jax.Array, mesh: Mesh | None, slices: bool) -> jax.Array:
+    """`function(x)` of [b, g, ...] for weights that leave the tensor axis free: it splits g too, where it divides that.
+
+    Args:
+      function: treats every sample for itself.
+      x: [b, g, ...].
+      mesh: None splits nothing.
+      slices: one sample of each group (a device) at a time.
+    """
+    spread = functools.partial(constrain_batch, mesh=mesh, group=True, spare=True)
+    b, g = x.shape[:2]
+    parts = g // group_ways(mesh, b, g, spare=True) if slices else 1
+    return in_parts(lambda part: spread(function(spread(part))), spread(x), parts, axis=1)
+
+
 def batch_sharding(mesh: Mesh, b: int) -> NamedSharding:
     """Of an array [b, ...]."""
     return NamedSharding(mesh, P(batch_axes(mesh, b)[0]))

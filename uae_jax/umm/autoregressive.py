@@ -6,7 +6,6 @@ Caption tokens and image tokens are both actions of one policy: segments `captio
 conditioned on the caption's text alone.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -140,15 +139,11 @@ def build(
         segment = jax.tree.map(lambda x: x[..., 0, :], answers)
         # Convolutions with split kernels, or codes of unknown layout, and the whole batch is drawn on every device.
         painter = weights | sharding.decode_view({"vq": weights["vq"]}, mesh, model.dtype, rules)
-        # The tokenizer's weights leave the tensor axis free: it splits the group, where it divides that.
-        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
         def pixels(codes: jax.Array) -> jax.Array:
-            return spread(apply(model, painter, spread(codes), method="decode_codes"))
+            return apply(model, painter, codes, method="decode_codes")
 
-        b, g = keys.shape
-        parts = g // sharding.group_ways(mesh, b, g, spare=True) if drawn.slice_vae else 1
-        return sharding.in_parts(pixels, spread(segment.actions), parts, axis=1), {"image": segment}
+        return sharding.each_sample(pixels, segment.actions, mesh, drawn.slice_vae), {"image": segment}
 
     def log_probs(params: Params, frozen: Params, images: jax.Array, trajectory: Trajectory) -> dict[str, jax.Array]:
         weights, captions = full(params, frozen), trajectory["caption"]

@@ -1,6 +1,5 @@
 """The drawing half of UMM-1: an MM-DiT of SD3's or FLUX's kind, its noise levels, and the VAE behind its latents."""
 
-import functools
 import math
 from typing import Any
 
@@ -154,20 +153,15 @@ def pixels_from_latents(
     if vae is not None:
         # Convolutions whose kernels are split would draw the whole batch on every device.
         params = sharding.decode_view(params, mesh, vae.dtype, folder.rules_of(vae.config, mesh))
-        # The VAE's weights leave the tensor axis free: it splits the group, where it divides that.
-        spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
 
         def whole(z: jax.Array) -> jax.Array:
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             return apply(vae, params, z, method="decode").astype(jnp.float32)
 
         def decode(z: jax.Array) -> jax.Array:
-            z = spread(z)
-            return spread(tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z))
+            return tiled(whole, z, tile // vae.config.downsampling, tile) if tile else whole(z)
 
-        b, g = latents.shape[:2]
-        parts = g // sharding.group_ways(mesh, b, g, spare=True) if slices else 1
-        latents = sharding.in_parts(decode, latents, parts, axis=1)
+        latents = sharding.each_sample(decode, latents, mesh, slices)
     return jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0)
 
 
