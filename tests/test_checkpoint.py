@@ -22,6 +22,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests import devices
 from uae_jax import checksums
 from uae_jax.checkpoint import Checkpointer, check_config, config_of, differences, named, write_config
 from uae_jax.errors import UserError
@@ -293,8 +294,7 @@ def checksum(state):
 
 def save_for_ever(directory, pipe):
     """Resumes, then saves at every step, donating each state to the next update as training does; two devices."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ.update(devices.environment(2))
     spread = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
     whole = NamedSharding(spread.mesh, P())
     place = lambda state: {k: jax.device_put(v, spread if v.ndim else whole) for k, v in state.items()}  # noqa: E731

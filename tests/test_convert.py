@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import uae_jax
+from tests import devices
 from tests.test_qwen2_5_vl import TINY
 from uae_jax import sharding
 from uae_jax.convert import __main__ as command
@@ -250,11 +251,7 @@ WIDE = dataclasses.replace(
 def test_every_part_goes_straight_to_its_device(tmp_path):
     """Of 8 devices, each tensor's slices are read once, and never more of it than one device holds."""
     source = write(tmp_path / "source", tensors(WIDE), WIDE, shards=2)
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(uae_jax.__file__).parents[1]),
-    }
+    environment = devices.environment(8, PYTHONPATH=str(Path(uae_jax.__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.test_convert import *; on_eight_devices({str(source)!r})"],
         env=environment,

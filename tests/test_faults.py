@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 from uae_jax import checkpoint, optimizers, runtime, sharding, train
 from uae_jax.data import sources
 from uae_jax.stages import Program, coldstart
@@ -70,8 +70,7 @@ def make_program(config, between=lambda at: None, poisoned=()):
 
 def work(workdir, log, pipe, settings):
     """Trains as the command does, with its output in `log`."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings.pop('devices', 1)}"
+    os.environ.update(devices.environment(settings.pop("devices", 1)))
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -260,7 +259,7 @@ def test_a_preemption_saves_ends_well_and_says_how_to_go_on(processes, whole, tm
 
 def test_of_two_runs_in_one_workdir_the_second_refuses(processes, whole, tmp_path):
     workdir = tmp_path / "run"
-    first = Run(processes, workdir, pause=0.2)
+    first = Run(processes, workdir, pause=5)  # of which it has not done many when the second has started
     assert first.until(lambda: count(workdir) >= 1)
     code, output = Run(processes, workdir).end()
     assert code == 2 and "is in use by another run" in output and output.count("\n") == 1, output

@@ -1,7 +1,6 @@
 """Several processes that train as one, for real: on CPU, with virtual devices and gloo between them."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 from tests.test_main import ROOT, arguments, lines, wait_for_line
 from uae_jax import checkpoint, heartbeat, hosts, main, runtime, sharding
 from uae_jax.data import sources
@@ -24,15 +23,11 @@ ROUNDING = ("logp/sampler_gap", "ratio/max_abs_dev_first")  # metrics that measu
 HEARTBEAT = 15  # seconds; a busy machine lets a living process miss a shorter one
 
 
-def start(flags, cache, devices, **environment):
-    """The program on `devices` virtual devices."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        **environment,
-    }
+def start(flags, cache, count, **environment):
+    """The program on `count` virtual devices."""
+    environment = devices.environment(
+        count, JAX_DEFAULT_MATMUL_PRECISION="highest", JAX_COMPILATION_CACHE_DIR=str(cache), **environment
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "uae_jax.main", *flags],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

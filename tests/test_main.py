@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny
+from tests import devices, tiny
 from uae_jax import reconstruct, report, train
 from uae_jax.errors import UserError
 
@@ -218,7 +218,7 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, cache, tmp_path, flags, 
 
 
 def test_batch_that_the_mesh_cannot_divide(weights):
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    environment = devices.environment(3)
     flags = ["--config=configs/tiny.py", f"--config.weights={weights}", "--workdir=/nonexistent/run"]
     done = subprocess.run(
         [sys.executable, "-m", "uae_jax.main", *flags], cwd=ROOT, env=environment, capture_output=True, text=True

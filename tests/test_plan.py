@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from configs import janus_pro_1b, tiny
+from tests import devices
 from tests.tiny import changed
 from uae_jax import plan
 from uae_jax.errors import UserError
@@ -391,12 +392,8 @@ def get_config():
 
 def process(*arguments):
     """Runs Python with eight virtual devices."""
-    environment = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = devices.environment(8, PYTHONPATH=path)
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

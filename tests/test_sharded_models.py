@@ -1,7 +1,6 @@
 """Every model, and the loss and gradients of a fixed trajectory, on eight virtual devices as on one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 from uae_jax import sharding
 from uae_jax.convert import folder
 from uae_jax.models.clip.config import TextConfig, TextModelConfig, VisionConfig
@@ -146,7 +145,7 @@ def whole(config, mesh):
 
 @pytest.fixture(scope="module")
 def found(weights):
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    environment = devices.environment(8)
     code = f"from tests.test_sharded_models import on_eight_devices; on_eight_devices({str(weights)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,6 @@
 """The step on eight virtual devices: same numbers as on one, and no weights gathered inside the token loop."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 
 FAMILIES = ("diffusion", pytest.param("autoregressive", marks=pytest.mark.slow))
 ROOT = Path(__file__).parents[1]
@@ -102,8 +101,7 @@ def worker(weights: str, janus: str, data: int, fsdp: int, tensor: int) -> dict:
 
 
 def run(call: str) -> dict:
-    devices = "--xla_force_host_platform_device_count=8"
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=devices, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    environment = devices.environment(8, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     code = f"import json; from tests.test_sharded_step import worker; print(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

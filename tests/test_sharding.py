@@ -1,7 +1,6 @@
 """The mesh, where things live on it, and the decode view, on 8 virtual devices in a process of their own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests import devices
 from uae_jax import config as base
 from uae_jax import sharding
 from uae_jax.errors import UserError
@@ -187,11 +187,7 @@ def on_eight_devices():
 
 @pytest.fixture(scope="module")
 def found():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(base.__file__).parents[1]),
-    }
+    environment = devices.environment(8, PYTHONPATH=str(Path(base.__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-m", __name__], env=environment, capture_output=True, text=True, timeout=300
     )

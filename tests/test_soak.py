@@ -1,10 +1,14 @@
-"""A long run in one process: memory stays flat, no file handle leaks, nothing is compiled after the first steps.
+"""A long run of the program: memory stays flat, no file handle leaks, nothing is compiled after the first steps.
 
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest -n 0 -s --run-slow tests/test_soak.py -k 2000
+python -m pytest -n 0 -s --run-slow tests/test_soak.py -k 2000
 """
 
 import ctypes
 import gc
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,9 +17,10 @@ import psutil
 import pytest
 
 from tests import tiny
-from uae_jax import train
+from uae_jax import runtime, train
 from uae_jax.metrics import Writer
 
+ROOT = Path(__file__).parents[1]
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event a program, from the persistent cache or not
 FLAT = 2000  # bytes a step: ten thousand steps then cost 20 MB
 EVERY = 10  # steps between looks at the memory
@@ -29,11 +34,11 @@ def own_memory() -> int:
     return sum(1024 * int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [50, 2000])
-def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
+def worker(weights: str, workdir: str, steps: int) -> None:
+    """Trains with memory prepared as every command does, and writes what was seen to workdir/seen.json."""
+    runtime.keep_memory()
     process = psutil.Process()
-    memory, handles, compiled, arrays = [], [], [], []
+    seen: dict[str, list[int]] = {"memory": [], "handles": [], "compiled": [], "arrays": []}
     events = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: events.append(event) if event == COMPILED else None
@@ -45,17 +50,29 @@ def test_a_long_run_keeps_nothing(weights, tmp_path, monkeypatch, steps):
         if step % EVERY == 0:
             gc.collect()  # what is only not collected yet, or not given back by the allocator, is no leak
             ctypes.CDLL(None).malloc_trim(0)
-            memory.append(own_memory())
-        handles.append(process.num_fds())
-        compiled.append(len(events))
-        arrays.append(len(jax.live_arrays()))
+            seen["memory"].append(own_memory())
+        seen["handles"].append(process.num_fds())
+        seen["compiled"].append(len(events))
+        seen["arrays"].append(len(jax.live_arrays()))
 
-    monkeypatch.setattr(Writer, "write", measured)
+    Writer.write = measured
     config = tiny.config(
-        weights, steps=steps, eval__enabled=True, eval__every=50, eval__batch_size=4, eval__pictures=2,
+        Path(weights), steps=steps, eval__enabled=True, eval__every=50, eval__batch_size=4, eval__pictures=2,
         checkpoint__every=100,
     )  # fmt: skip
-    train.run(config, Path(tmp_path))
+    train.run(config, Path(workdir))
+    (Path(workdir) / "seen.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [50, 2000])
+def test_a_long_run_keeps_nothing(weights, tmp_path, steps):
+    code = f"from tests.test_soak import worker; worker({str(weights)!r}, {str(tmp_path / 'run')!r}, {steps})"
+    environment = dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "run" / "seen.json").read_text())
+    memory, handles, compiled, arrays = (seen[name] for name in ("memory", "handles", "compiled", "arrays"))
     assert len(handles) == steps
 
     start = int(SETTLED * steps)
