@@ -1,4 +1,6 @@
-"""The optimizer's state in host memory: the same numbers, and there again after a step, a save and a restore."""
+"""Optimizer state and frozen weights in host memory: the same numbers, and there again after a step and a restore."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uae_jax import checkpoint, sharding, train
+from uae_jax import checkpoint, rewards, sharding, system, train
 from uae_jax.checkpoint import Checkpointer
 from uae_jax.metrics import read
 
@@ -47,10 +49,33 @@ def test_moments_come_over_and_go_back(tmp_path):
     assert sharding.offloaded(shape).sharding.memory_kind == sharding.HOST
 
 
+def test_frozen_weights_stay_there_and_are_used(weights):
+    config = tiny.config(weights)
+    mesh = sharding.make_mesh(config)
+    built = system.load(config, mesh)
+    there = system.offloaded(built.frozen)
+    placed = sharding.place(there, mesh, built.rules)  # as the loop does with what it is given
+    assert {name: kinds(part) for name, part in placed.items()} == {
+        name: {sharding.HOST if name in ("projector", "transformer", "towers") else "device"} for name in built.frozen
+    }
+    images = jnp.asarray(tiny.scenes(2), jnp.float32) / 255.0
+    features = jax.jit(lambda params: rewards.similarities(built.towers, params, images, images[:, None]))
+    for name, value in features(built.frozen["towers"]).items():
+        np.testing.assert_array_equal(value, features(placed["towers"])[name])
+    moved = jax.make_jaxpr(sharding.fetched)(placed)
+    assert all(out.memory_space == jax.memory.Space.Device for out in moved.out_avals)
+    assert sum(aval.memory_space == jax.memory.Space.Host for aval in moved.in_avals) > 10
+
+
 @pytest.mark.slow
 def test_a_run_is_the_same(weights, tmp_path):
     for name, there in (("here", False), ("there", True)):
-        config = tiny.config(weights, steps=2, eval__enabled=False, offload_optimizer=there)
+        config = tiny.config(
+            weights, steps=2, offload_optimizer=there, offload_frozen=there,
+            eval__enabled=True, eval__batch_size=4, eval__pictures=2,
+        )  # fmt: skip
         train.run(config, tmp_path / name)
-    rows = [[row["loss"] for row in read(tmp_path / name)] for name in ("here", "there")]
+    rows = [[(row["loss"], row["reward/mean"]) for row in read(tmp_path / name)] for name in ("here", "there")]
     assert rows[0] == rows[1]
+    evaluations = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("here", "there")]
+    assert evaluations[0] == evaluations[1]

@@ -362,6 +362,8 @@ def worker(folder):
     }
     with mock.patch.object(topology, "compiles", return_value=False):
         found["gpu"] = run(small(), "h100:8")
+    found["here"] = run(small(), parts=())
+    found["there"] = run(small(offload_optimizer=True, offload_frozen=True), parts=())
     found["janus"] = run(janus(), parts=())
     memory = compiler.Memory(2.0**20, 0.0, 2.0**20, 0.0)
     with mock.patch.object(compiler, "compile_phase", return_value=compiler.Compiled(1.0, 2.0**20, memory, "", None)):
@@ -430,6 +432,13 @@ def test_plan_of_the_tiny_world(found):
     assert step["flops_per_chip_partitioned"] == pytest.approx(
         sum(part["flops_per_chip_partitioned"] for part in parts), rel=0.01
     )
+
+
+def test_what_lies_in_host_memory_is_not_on_the_chip(found):
+    here, there = (found[name][1]["memory_gib_per_chip"] for name in ("here", "there"))
+    assert there["optimizer"] < 0.01 * here["optimizer"] and there["trained parameters"] == here["trained parameters"]
+    assert 0 < there["frozen weights"] < here["frozen weights"]  # the captioner stays
+    assert not any("not offloaded" in note for note in found["there"][1]["notes"])
 
 
 def test_collectives_of_the_token_loop(found):

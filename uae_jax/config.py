@@ -19,7 +19,7 @@ PICTURE_SOURCES = ("folder", "jsonl", "array_record", "tfds")
 # Those from `mesh` on change how a step is computed, not what.
 MAY_DIFFER = (
     "stage", "steps", "checkpoint", "eval", "stop_on_gap", "max_bad_steps",
-    "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "offload_optimizer",
+    "mesh", "remat", "rl.rollout_microbatches", "redraw.gather", "offload_optimizer", "offload_frozen",
     "heartbeat_seconds",
 )  # fmt: skip
 FREE = ("reward", "data.mixture")  # fields whose own fields are named by the user
@@ -142,6 +142,7 @@ def default() -> ConfigDict:
     c.mesh.fsdp = 1  # weights stored in parts over this many devices, batch too
     c.mesh.tensor = 1  # heads and MLPs of the language model used in parts over this many devices
     c.offload_optimizer = False  # its state lies in host memory between updates: less on the device, and slower
+    c.offload_frozen = False  # so do frozen weights that draw or score (stage rl): none of them during the update
     c.heartbeat_seconds = 100  # several processes: one that is silent for so long is dead, and the others stop
 
     return c.lock()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from uae_jax import sharding
 from uae_jax.errors import UserError
 from uae_jax.models import apply
 from uae_jax.models.clip.config import Config as CLIPConfig
@@ -85,12 +86,14 @@ def similarities(towers: Towers, params: Any, images: jax.Array, redrawn: jax.Ar
     """Cosine of every redrawn image with its source, by tower.
 
     Args:
+      params: of each tower; they may lie in host memory.
       images: sources [b, H, W, 3] in 0..1; their features are computed once.
       redrawn: [b, g, H, W, 3].
 
     Returns:
       {tower: [b, g]}, not clamped and not rescaled.
     """
+    params = sharding.fetched(params)
     return {
         name: jnp.einsum(
             "bd,bgd->bg",

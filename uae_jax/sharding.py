@@ -154,6 +154,8 @@ def copied(tree: Any, mesh: Mesh) -> Any:
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     """`device_put`, which takes neither keys nor the host's arrays to devices of other processes."""
+    if isinstance(x, jax.Array) and x.sharding.memory_kind == HOST:
+        sharding = sharding.with_memory_kind(HOST)
     if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -180,11 +182,8 @@ def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
     """
     places = jax.tree.map(lambda x: x.sharding, state)
 
-    def fetched(x: jax.Array, place: NamedSharding) -> jax.Array:
-        return jax.device_put(x, place.with_memory_kind("device")) if place.memory_kind == HOST else x
-
     def call(state: Any, *rest: Any) -> Any:
-        return step(jax.tree.map(fetched, state, places), *rest)
+        return step(fetched(state), *rest)
 
     return jax.jit(call, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
 
@@ -199,6 +198,16 @@ def offloaded(tree: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         return jax.device_put(x, place)
+
+    return jax.tree.map(moved, tree)
+
+
+def fetched(tree: Any) -> Any:
+    """Inside a compiled function: what `offloaded` put into host memory, on the device; the rest as it is."""
+
+    def moved(x: Any) -> Any:
+        there = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if there else x
 
     return jax.tree.map(moved, tree)
 

@@ -236,6 +236,11 @@ def load_decoder(
     return Decoder(projector, model, vae, found), frozen
 
 
+def offloaded(frozen: Params) -> Params:
+    """Frozen weights in host memory, but for the captioner's, which every phase of a step reads, and the judge's."""
+    return frozen | {x: sharding.offloaded(frozen[x]) for x in (*diffusion.DRAWING, "towers") if x in frozen}
+
+
 # The pooled condition is one vector.
 POOLED: sharding.Rules = (("pooled", sharding.Split.COPIED),)
 

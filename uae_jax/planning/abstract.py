@@ -50,6 +50,7 @@ class Abstract(NamedTuple):
     state: State
     frozen: Any
     stand_in: bool  # prompts were counted by a stand-in tokenizer
+    on_chip: bool = False  # what the config puts into host memory could not be put there
 
 
 def build(config: Any, mesh: Mesh) -> Abstract:
@@ -79,7 +80,11 @@ def build(config: Any, mesh: Mesh) -> Abstract:
     state, frozen = placed(state, run), placed(frozen, run)
     if config.offload_optimizer:
         state = state.replace(opt_state=sharding.offloaded(state.opt_state))
-    return run._replace(state=state, frozen=frozen)
+    if config.offload_frozen:
+        frozen = system.offloaded(frozen)
+    wanted = config.offload_optimizer or config.offload_frozen
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((state.opt_state, frozen))}
+    return run._replace(state=state, frozen=frozen, on_chip=wanted and sharding.HOST not in kinds)
 
 
 def placed(tree: Any, run: Abstract) -> Any:

@@ -35,7 +35,11 @@ class Phase(NamedTuple):
 
     def work(self) -> flops.Work:
         """The work of one step."""
-        jaxpr = jax.make_jaxpr(self.function)(*self.arguments)
+
+        def function(first: Any, *rest: Any) -> Any:
+            return self.function(sharding.fetched(first), *rest)  # a state, as `jit_step` does
+
+        jaxpr = jax.make_jaxpr(function)(*self.arguments)
         leaves = [len(jax.tree.leaves(argument)) for argument in self.arguments]
         with_batch = [flag for flag, n in zip(self.with_batch, leaves, strict=True) for _ in range(n)]
         return flops.Work().plus(flops.count(jaxpr, with_batch, self.known), self.times)

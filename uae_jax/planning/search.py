@@ -124,6 +124,7 @@ def reckoned(run: Abstract, found: Counted, topology: Topology, options: Options
         parts=results,
         whole=None,
         stand_in=run.stand_in,
+        on_chip=run.on_chip,
         price=options.price,
     )
 

@@ -38,6 +38,8 @@ COLUMNS = {
 def build(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> Program:
     """The stage as a program."""
     built = system.load(config, mesh)
+    if config.offload_frozen:
+        built = built._replace(frozen=system.offloaded(built.frozen))
     train, images, scenes = load_data(config)
     state, optimizer = start(config, built)
     run_step = step.make_step(

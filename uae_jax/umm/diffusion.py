@@ -28,6 +28,8 @@ from uae_jax.sampling.tokens import Segment
 from uae_jax.umm import Family, Params, Trajectory, caption, decoder
 from uae_jax.umm.prompts import Prompts, captions_as_text, merge
 
+DRAWING = ("projector", "transformer", "vae")  # parts of the frozen weights that `redraw` alone reads
+
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
@@ -136,6 +138,7 @@ def build(
     def redraw(
         params: Params, frozen: Params, captions: Segment, images: jax.Array | Prompt, keys: jax.Array
     ) -> tuple[jax.Array, Trajectory]:
+        frozen = frozen | sharding.fetched({name: frozen[name] for name in DRAWING if name in frozen})
         states, mask = conditions(params, frozen, captions, images)
         # The decoder's weights leave the tensor axis free: it splits the group, where it divides that.
         spread = functools.partial(sharding.constrain_batch, mesh=mesh, group=True, spare=True)
