@@ -1,5 +1,6 @@
 """What hostile data, weights and names cannot do: run code, write where they should not, or speak to the terminal."""
 
+import csv
 import io
 import json
 import logging
@@ -93,6 +94,17 @@ def test_reports_in_markdown(tmp_path):
         assert "<script>" not in text and "[x]" not in text
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert all(line.count("|") in {row.count("|") for row in rows if row.startswith("|---")} for line in rows)
+
+
+@pytest.mark.parametrize("start", "=+-@")
+def test_reports_in_spreadsheets(start):
+    """A name of a file is no formula; figures stay figures."""
+    name = f"{start}cmd|' /C calc'!A0\x1b.png"
+    missing = [{"source": name, "reason": name}]
+    result = {"missing": missing, "by_tower": {name: None}, "per_image": {name: {name: -0.5}}}
+    rows = list(csv.reader(unified_bench.table(result).splitlines()))
+    shown = f"'{start}cmd|' /C calc'!A0\\x1b.png"
+    assert rows == [["source", shown, "failure"], [shown, "-0.500000", shown]]
 
 
 def test_captions_in_pictures():

@@ -1,4 +1,4 @@
-"""Text from data (captions, file names) made safe to show: in a terminal, in Markdown."""
+"""Text from data (captions, file names) made safe to show: in a terminal, in Markdown, in a spreadsheet."""
 
 _MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[]`"})
 
@@ -15,3 +15,9 @@ def printable(text: object) -> str:
 def markdown(text: object) -> str:
     """`printable`, and without a meaning in Markdown's tables, links, code and HTML."""
     return printable(text).translate(_MARKDOWN)
+
+
+def cell(text: object) -> str:
+    """`printable`, and behind an apostrophe where a spreadsheet would take it for a formula."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown

@@ -330,10 +330,10 @@ def table(result: Mapping[str, Any]) -> str:
     towers = list(result["by_tower"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["source", *towers, "failure"])
+    writer.writerow(["source", *map(printable.cell, towers), "failure"])
     for name, values in result["per_image"].items():
         row = ["" if values[t] is None else f"{values[t]:.6f}" for t in towers]
-        writer.writerow([name, *row, reasons.get(name, "")])
+        writer.writerow([printable.cell(name), *row, printable.cell(reasons.get(name, ""))])
     return out.getvalue()
 
 

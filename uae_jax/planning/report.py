@@ -196,7 +196,7 @@ def notes(plan: Plan) -> list[str]:
     lines.append("counted on the jaxpr, with every loop run to its end: FLOPs; all captions of full length")
     lines.append(f"estimated: seconds, a lower bound from published figures ({plan.topology.chip.source})")
     if plan.on_chip:
-        lines.append("not offloaded: without its GPU this compiler knows no host memory, all of it is counted on the chip")
+        lines.append("not offloaded: without its GPU this compiler knows no host memory; it is counted on the chip")
     if plan.stand_in:
         lines.append("estimated: length of the prompts (words and signs; the folder of weights has no tokenizer.json)")
     return lines
