@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.test_plan import process
+from tests.test_plan import WITH_TINY_DECODER, process
 
 
 @pytest.mark.slow
@@ -70,16 +70,11 @@ def test_four_layers_of_real_width_on_a_tpu(tmp_path):
         assert phase["flops_per_chip_partitioned"] < 1.3 * phase["flops_per_chip"], name
 
 
-NARROW = """
-from configs import qwen2_5_vl_3b, tiny_coldstart
-
-
+NARROW = (
+    WITH_TINY_DECODER
+    + """
 def get_config():
-    config = qwen2_5_vl_3b.get_config()
-    config.unlock()
-    models = tiny_coldstart.get_config().models
-    for name in ("projector", "transformer", "clip"):
-        config.models[name] = models[name]
+    config = start(512, batch=16)
     captioner = config.models.captioner
     sizes = {"vocab_size": 18992, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token", "bos_token", "eos_token")
@@ -88,18 +83,13 @@ def get_config():
     vision = {"depth": 2, "fullatt_block_indexes": (1,), "hidden_size": 256, "intermediate_size": 512, "num_heads": 4}
     captioner.vision_config.update(out_hidden_size=512, **vision)
     captioner.rope_scaling.mrope_section = (16, 24, 24)
-    config.models.projector.in_size = 512
-    config.data.image_size = 56
-    config.models.transformer.sample_size = 56
-    config.models.transformer.pos_embed_max_size = 7
-    config.data.batch_size = config.eval.batch_size = 16
     config.rl.max_tokens = 64
     config.rl.logit_chunk = 32
     config.rl.group_size = 4
-    config.mesh.update(data=1, fsdp=4, tensor=2)
-    config.weights = "nowhere"
+    config.mesh.update(fsdp=4, tensor=2)
     return config.lock()
 """
+)
 
 
 @pytest.mark.slow
