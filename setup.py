@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["uae_jax", "uae_jax.*"]),
     package_data={"uae_jax": ["weights/**/*"]},
     install_requires=[
-        "jax>=0.7",
+        "jax>=0.10",
         "flax>=0.11",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11",
