@@ -9,8 +9,8 @@ with the command that turns it into safetensors. WEIGHTS also holds the reward's
 folders have are used; `config.models` states those of the 1B, to plan without weights. The last command is the same
 run on a laptop, with the weights of configs/tiny_ar.py.
 
-Hardware: memory a chip, as compiled for the first row below: 0.3 GiB of weights, 5.8 at the peak of writing captions, 8.2
-at that of drawing them with guidance, 12.8 in the update, of 15.8. A batch is split along images first,
+Hardware: memory a chip, as compiled for the first row below: 0.3 GiB of weights, 5.8 at the peak of writing captions,
+8.2 at that of drawing them with guidance, 12.8 in the update, of 15.8. A batch is split along images first,
 then along the 8 captions of each:
 
     | topology               | chips | mesh                   | data.batch_size | rl.rollout_microbatches |
