@@ -25,11 +25,16 @@ settings.register_profile("explore")
 settings.load_profile("repeatable")
 
 
+# Files that take longest: they go first, so that at the end no worker waits for another's.
+LONGEST = ("step", "main", "hosts", "sharded_step", "plan", "lora", "autoregressive", "sharded_models", "faults")
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
     if not config.getoption("--run-slow"):
         for item in items:
             if "slow" in item.keywords:

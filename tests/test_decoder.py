@@ -43,6 +43,7 @@ def test_levels_are_the_schedulers_where_there_is_one():
         np.testing.assert_allclose(found, flow.sigmas(3, np.exp(0.5), "uniform"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_passes_give_what_one_of_twice_the_batch_gives():
     model = decoder.transformer(dataclasses.replace(FLUX, num_layers=1, num_single_layers=1), remat="none")
     rng = np.random.default_rng(0)
@@ -72,6 +73,7 @@ def test_what_is_no_pipeline(tmp_path):
         convert.main(["", "import", str(tmp_path), str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_a_large_picture_is_decoded_in_tiles():
     model = AutoencoderKL(
         VAEConfig(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=2)

@@ -227,6 +227,7 @@ def test_batch_that_the_mesh_cannot_divide(weights):
     assert "data.batch_size" in done.stderr and "multiple of 3" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line_and_loses_nothing(finished, cache, tmp_path):
     """A real limit on file sizes stops the first checkpoint; what was written before stays readable."""
     _, config = finished

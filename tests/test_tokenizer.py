@@ -37,6 +37,7 @@ def config(**changes):
     return tiny.changed(c, {"stage": "tokenizer", **changes})
 
 
+@pytest.mark.slow
 def test_it_learns_to_draw_scenes_through_codes(tmp_path):
     train.run(config(), tmp_path)
     rows = [json.loads(row) for row in (tmp_path / "tokenizer" / "metrics.jsonl").read_text().splitlines()]
