@@ -143,7 +143,10 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def place(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Moves arrays to the mesh, each to its own sharding; those of the host are the same in every process."""
+    """Moves arrays to the mesh, each to its own sharding; those of the host are the same in every process.
+
+    What `offloaded` put into host memory stays there.
+    """
     return jax.tree.map(_put, tree, param_shardings(tree, mesh, rules))
 
 

@@ -230,7 +230,7 @@ def load_decoder(
         has = f"{where / 'vae'} is missing" if vae is None else f"the vae's latents have {latents} channels"
         raise UserError(f"{where}: {has}, but the transformer draws {drawn} channels")
     frozen: Params = {name: part.params for name, part in parts.items()}
-    vector = load_pooled(where, model, vae)
+    vector = load_pooled(where, model, vae)  # made, not placed: a plan's devices take no arrays
     frozen |= sharding.made(lambda: {"pooled": jnp.asarray(vector)}, mesh=mesh, rules=POOLED)
     found = schedulers.load(where / "scheduler") if (where / "scheduler").is_dir() else None
     return Decoder(projector, model, vae, found), frozen
