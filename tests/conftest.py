@@ -3,10 +3,13 @@
 import os
 import tempfile
 
+from tests import devices
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compile much and run little; what one process has compiled, the others take from a folder that ends with them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", devices.QUICK)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="uae_jax_tests_")
@@ -26,7 +29,7 @@ settings.load_profile("repeatable")
 
 
 # Files that take longest: they go first, so that at the end no worker waits for another's.
-LONGEST = ("step", "main", "hosts", "sharded_step", "plan", "lora", "autoregressive", "sharded_models", "faults")
+LONGEST = ("step", "main", "hosts", "sharded_step", "plan", "lora", "autoregressive", "sharded_models", "plan_tpu", "faults")
 
 
 def pytest_addoption(parser):

@@ -17,7 +17,7 @@ CONFIG = TextConfig(11, 16, 24, 2, 2, 1, 1e4, (1, 1, 2), True)
 def loss(remat, params, embeds):
     model = LanguageModel(CONFIG, remat=remat)
     positions, mask = text_positions(jnp.arange(3)), jnp.tril(jnp.ones((3, 3), bool))
-    return (model.apply({"params": params}, embeds, positions, mask)[0] ** 3).sum()
+    return (model.apply({"params": params}, embeds, positions, mask)[0] ** 3).mean()
 
 
 @pytest.fixture(scope="module")
@@ -41,4 +41,4 @@ def test_policies_differ_in_what_is_computed_twice(case):
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_gradients_do_not_depend_on_the_policy(case, remat):
     expected, found = jax.jit(gradient("none"))(*case), jax.jit(gradient(remat))(*case)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, expected)
