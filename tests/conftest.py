@@ -29,7 +29,18 @@ settings.load_profile("repeatable")
 
 
 # Files that take longest: they go first, so that at the end no worker waits for another's.
-LONGEST = ("step", "main", "hosts", "sharded_step", "plan", "lora", "autoregressive", "sharded_models", "plan_tpu", "faults")
+LONGEST = (
+    "step",
+    "main",
+    "hosts",
+    "sharded_step",
+    "plan",
+    "lora",
+    "autoregressive",
+    "sharded_models",
+    "plan_tpu",
+    "faults",
+)
 
 
 def pytest_addoption(parser):
