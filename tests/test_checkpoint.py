@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
@@ -385,6 +386,17 @@ def test_kills_in_the_middle_of_a_save_leave_a_whole_state(tmp_path, processes, 
         assert step == reached and state["step"] == step
         assert checksum(state) == checksum(noise(step))
     assert halves > 0, "no kill fell into a save: the test tests nothing"
+
+
+def test_what_killed_saves_left_is_gone_at_once(tmp_path):
+    """Not some time later, when the next process may be at it, too."""
+    Checkpointer(tmp_path, every=1).close()
+    half = tmp_path / f"5{ocp.utils.TMP_DIR_SUFFIX}"
+    half.mkdir()
+    for i in range(2000):
+        (half / f"{i}").touch()
+    with Checkpointer(tmp_path, every=1):
+        assert not unfinished(tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stands(tmp_path, processes):

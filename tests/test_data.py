@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,16 +336,25 @@ def test_prepare_survives_being_killed(tmp_path):
     command = [sys.executable, "-m", "uae_jax.data", "prepare", f"--path={root}", f"--out={out}", "--rows=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done: dict[str, int] = {}
-    for kill in range(2):
+    kills = 0
+    for _ in range(20):
+        if kills == 2:
+            break
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
             for _ in range(3):
                 assert process.stdout.readline()
             time.sleep(0.002 * rng.random())
             process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()
+        if (out / "manifest.json").exists():  # on a busy machine it may end before the kill comes: once more
+            shutil.rmtree(out)
+            done, kills = {}, 0
+            continue
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
         notes = {path.name: path.stat().st_mtime_ns for path in out.glob("data-*.json")}
-        assert len(notes) >= 3 * (kill + 1) and notes.items() >= done.items()  # what was done is not done again
+        assert len(notes) >= 3 * kills and notes.items() >= done.items()  # what was done is not done again
         done = notes
+    assert kills == 2
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
     run("verify", str(out))

@@ -245,15 +245,19 @@ class Checkpointer:
         registry.add(ocp.checkpoint_manager.DEFAULT_ITEM_NAME, ocp.args.StandardSave, self._handler)
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)  # orbax takes a file for a folder until the first save
+            hosts.on_first(self._remove_halves)
             for step in _complete(self.directory) if keep.best else ():
                 self._remember(step)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 handler_registry=registry,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=Policy(keep, self._values), cleanup_tmp_directories=True
-                ),
+                options=ocp.CheckpointManagerOptions(preservation_policy=Policy(keep, self._values)),
             )
+
+    def _remove_halves(self) -> None:
+        """Removes what killed saves left; orbax would in a thread that may outlive `close` and meet the next."""
+        for half in ocp.utils.tmp_checkpoints(self.directory):
+            half.get().rmtree()
 
     def _remember(self, step: int) -> None:
         try:
