@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -30,8 +33,10 @@ def test_sizes_are_those_it_names():
 
 @pytest.mark.slow
 def test_it_measures_what_there_is(tmp_path):
-    gpu.main(["gpu", "--config=configs/tiny.py", "--any_device", f"--out={tmp_path / 'gpu.json'}",
-              "--config.rl.rollout_microbatches=2"])  # fmt: skip
+    arguments = ("--config=configs/tiny.py", "--any_device", f"--out={tmp_path / 'gpu.json'}")
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--config.rl.rollout_microbatches=2"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     *parts, step = found["phases"]
     assert [row["phase"] for row in parts] == ["sample", "redraw", "score", "update"] and step["phase"] == "step"
