@@ -131,7 +131,7 @@ def generate(
         )
         return combined(apply(model, weights, hidden[..., 0, :], method=kind.logits), guidance), cache
 
-    return tokens.sample(
+    answers = tokens.sample(
         combined(jnp.broadcast_to(logits[..., None, :], (*batch, logits.shape[-1])), guidance),
         sharding.constrain_batch(grouped(cache, g, t), mesh, axis=1 if guidance == 1.0 else 2, group=True),
         decode,
@@ -139,6 +139,8 @@ def generate(
         allowed=jnp.asarray(allowed),
         sampling=sampling,
     )
+    # Else the layout in which answers are drawn goes back into the loop, whose layers want another.
+    return sharding.constrain_batch(answers, mesh, group=True)
 
 
 def states(
