@@ -215,9 +215,7 @@ def make_step(
         def rollout(part: tuple[jax.Array, ...]) -> tuple[Trajectory, Scores]:
             images, sampling_keys, noise_keys = part
             images = sharding.constrain_batch(images, mesh)
-            captions = sharding.constrain_batch(
-                family.generate(state.params, frozen, images, sampling_keys), mesh, group=True
-            )
+            captions = family.generate(state.params, frozen, images, sampling_keys)
             redrawn, drawn = family.redraw(state.params, frozen, captions, images, noise_keys)
             trajectory = {"caption": captions} | drawn
             scores = score(

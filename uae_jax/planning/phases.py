@@ -62,9 +62,6 @@ def parts(run: Abstract) -> list[Phase]:
         keys = jax.eval_shape(lambda: step.sample_keys(jax.random.key(0), jnp.int32(0), batch, g))
         return abstract.batched(images, mesh), abstract.batched(keys, mesh)
 
-    def generate(*arguments: Any) -> Any:
-        return sharding.constrain_batch(family.generate(*arguments), mesh, group=True)
-
     def score(images: jax.Array, redrawn: jax.Array, trajectory: Trajectory, frozen: Any) -> tuple[Any, ...]:
         scores = step.score(
             images,
@@ -91,9 +88,9 @@ def parts(run: Abstract) -> list[Phase]:
     images, keys = shapes(b)
     weights = (params, False), (run.frozen, False)
     sample = phase(
-        "sample", generate, config.rl.max_tokens - 1, *weights, (images, True), (keys, True), times=times
+        "sample", family.generate, config.rl.max_tokens - 1, *weights, (images, True), (keys, True), times=times
     )  # fmt: skip
-    captions = abstract.batched(jax.eval_shape(generate, *sample.arguments), mesh, group=True)
+    captions = abstract.batched(jax.eval_shape(family.generate, *sample.arguments), mesh, group=True)
     redraw = phase(
         "redraw", family.redraw, codes - 1, *weights, (captions, True), (images, True), (keys, True), times=times
     )
